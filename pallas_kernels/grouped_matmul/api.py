@@ -1,0 +1,96 @@
+"""`grouped_matmul`: signature, validation and dispatch."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.errors import InputError, UnsupportedError
+from pallas_kernels.grouped_matmul import reference, xla
+
+Implementation = Literal["reference", "xla"]
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    rhs_scale: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Multiply each row of `lhs` by the matrix of its group.
+
+    The rows of `lhs` are sorted by group: the first `group_sizes[0]` rows belong to group 0, and so on.
+    Rows beyond `sum(group_sizes)` belong to none and give 0, whatever they hold; groups may be empty, and
+    the matrix of an empty group is not used. Sums run in float32 (`precision=HIGHEST` for float32 `lhs`).
+    Differentiable in `lhs`, a floating `rhs`, and `rhs_scale`.
+
+    Args:
+        lhs: float32, bfloat16 or float16 `[M, K]`.
+        rhs: float32, bfloat16, float16 or int8 `[G, K, N]`.
+        group_sizes: int32 `[G]`, rows in each group, none negative. A sum above `M` is refused outside
+            `jit`; under `jit` the groups are cut off at row `M`.
+        rhs_scale: float32 `[G, N]`, needed with int8 `rhs` and refused otherwise: column `n` of group `g`
+            stands for `rhs[g, :, n] * rhs_scale[g, n]`.
+        implementation: `"reference"` (the definition), `"xla"` (fast on CPU and GPU), or None to choose.
+
+    Returns:
+        `[M, N]` in the dtype of `lhs`.
+
+    Raises:
+        InputError: shapes or dtypes do not fit together, or `group_sizes` do not fit `M`.
+        UnsupportedError: a dtype outside those above.
+    """
+    _validate(lhs, rhs, group_sizes, rhs_scale, implementation)
+    if implementation == "reference":
+        return reference.grouped_matmul(lhs, rhs, group_sizes, rhs_scale)
+    return xla.grouped_matmul(lhs, rhs, group_sizes, rhs_scale)
+
+
+def _validate(lhs, rhs, group_sizes, rhs_scale, implementation) -> None:
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise InputError(
+            f"{implementation=} is unknown: choose one of {', '.join(get_args(Implementation))}, or None."
+        )
+    if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.ndim != 1:
+        raise InputError(
+            f"lhs.shape={lhs.shape}, rhs.shape={rhs.shape}, group_sizes.shape={group_sizes.shape} must be "
+            "[M, K], [G, K, N] and [G]."
+        )
+    if lhs.shape[1] != rhs.shape[1]:
+        raise InputError(f"lhs.shape={lhs.shape} and rhs.shape={rhs.shape} must agree in K (their axis 1).")
+    if group_sizes.shape[0] != rhs.shape[0]:
+        raise InputError(
+            f"group_sizes.shape={group_sizes.shape} must be ({rhs.shape[0]},), one entry a matrix of "
+            f"rhs.shape={rhs.shape}."
+        )
+    if group_sizes.dtype != jnp.int32:
+        raise InputError(f"group_sizes.dtype={group_sizes.dtype} must be int32: cast it.")
+    if lhs.dtype.name not in _FLOATS:
+        raise UnsupportedError(
+            f"lhs.dtype={lhs.dtype} is not served: cast it to one of {', '.join(_FLOATS)}."
+        )
+    if rhs.dtype.name not in (*_FLOATS, "int8"):
+        raise UnsupportedError(
+            f"rhs.dtype={rhs.dtype} is not served: use one of {', '.join(_FLOATS)}, or int8 with rhs_scale."
+        )
+    if (rhs.dtype == jnp.int8) != (rhs_scale is not None):
+        raise InputError(
+            f"rhs.dtype={rhs.dtype} with rhs_scale {'missing' if rhs_scale is None else 'given'}: int8 needs "
+            "rhs_scale and other dtypes take none."
+        )
+    if rhs_scale is not None:
+        wanted = (rhs.shape[0], rhs.shape[2])
+        if rhs_scale.shape != wanted or rhs_scale.dtype != jnp.float32:
+            raise InputError(f"rhs_scale={rhs_scale.dtype}{list(rhs_scale.shape)} must be float32 {wanted}.")
+    if not isinstance(group_sizes, jax.core.Tracer):
+        sizes = np.asarray(group_sizes)
+        if (sizes < 0).any() or sizes.sum() > lhs.shape[0]:
+            raise InputError(
+                f"group_sizes with least {sizes.min(initial=0)} and sum {sizes.sum()} must be non-negative and "
+                f"sum to at most M={lhs.shape[0]}."
+            )
