@@ -91,6 +91,6 @@ def _validate(lhs, rhs, group_sizes, rhs_scale, implementation) -> None:
         sizes = np.asarray(group_sizes)
         if (sizes < 0).any() or sizes.sum() > lhs.shape[0]:
             raise InputError(
-                f"group_sizes with least {sizes.min(initial=0)} and sum {sizes.sum()} must be non-negative and "
-                f"sum to at most M={lhs.shape[0]}."
+                f"group_sizes with least {sizes.min(initial=0)} and sum {sizes.sum()} must not be "
+                f"negative nor sum to more than M={lhs.shape[0]}."
             )
