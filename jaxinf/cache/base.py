@@ -1,0 +1,104 @@
+"""What a layer's cache is, and what an attention layer tells it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+Rotate = Callable[[jax.Array, jax.Array], jax.Array]
+
+# Passes of at most this many tokens read the cache with `flash_decode`, longer ones with `flash_attention`.
+DECODE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """What a layer's attention computes, apart from its keys and values. Lives while tracing only.
+
+    rotate: `(x [B, N, T, D], positions int32 [B, T]) -> x` rotated, or None (no rope).
+    window: a query sees this many latest tokens, itself included; None: all.
+    scale: multiplies scores; None: D^-0.5.
+    softcap: c * tanh(scores / c); None: none.
+    sinks: learned logits float32 `[N]` that join the softmax; None: none.
+    alibi_slopes: float32 `[N]`; None: none.
+    """
+
+    rotate: Rotate | None = None
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: jax.Array | None = None
+    alibi_slopes: jax.Array | None = None
+
+    def turn(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return x if self.rotate is None else self.rotate(x, positions)
+
+    @property
+    def mask(self) -> dict:
+        """The keywords that the attention ops take."""
+        return dict(
+            window=self.window,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one pass: T columns, of which row b's first `counts[b]` are real, the rest padding.
+
+    positions: int32 `[B, T]`, consecutive in a row; `positions[b, 0]` tokens of row b came before.
+    counts: int32 `[B]`, or None: all T.
+    fresh: static; nothing came before in any row, so the cache need not be read.
+    """
+
+    positions: jax.Array
+    counts: jax.Array | None = None
+    fresh: bool = False
+
+    @property
+    def starts(self) -> jax.Array:
+        return self.positions[:, 0]
+
+    @property
+    def totals(self) -> jax.Array:
+        """Tokens in each row after this pass, int32 `[B]`."""
+        return self.starts + (self.positions.shape[1] if self.counts is None else self.counts)
+
+
+class LayerCache(abc.ABC):
+    """Keys and values of one attention layer, or of several stacked along a leading axis.
+
+    A cache is a pytree. It owns attention: `step` stores the new tokens and attends to old and new.
+    """
+
+    @abc.abstractmethod
+    def step(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, step: Step, rule: AttentionRule, *, layer=None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Stores `k, v` and returns what `q` sees.
+
+        Args:
+          q: `[B, N, T, D]`; k, v: `[B, K, T, D]`; none of them rotated yet.
+          step: where the T tokens stand.
+          rule: masks, scale and rope of the layer.
+          layer: index into a stacked cache (int or int32 scalar); None for a cache of one layer.
+
+        Returns:
+          `(out [B, N, T, D], the cache after)`. Columns past a row's count are unspecified and not stored.
+        """
+
+    @property
+    @abc.abstractmethod
+    def append_limit(self) -> int | None:
+        """How many of the latest tokens may be taken back by lowering lengths; None: all."""
+
+    @property
+    @abc.abstractmethod
+    def capacity(self) -> int | None:
+        """Tokens that a row can hold; None: no limit (a window forgets)."""

@@ -1,0 +1,61 @@
+"""The cache that keeps every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step
+from pallas_kernels import cache_append, flash_attention, flash_decode
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DenseCache(LayerCache):
+    """Token p of a row lives in slot p. `k, v [B, K, S, D]`, or `[L, B, K, S, D]` stacked; keys rotated."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def zeros(cls, layers: int | None, batch: int, kv_heads: int, slots: int, head_dim: int, dtype) -> DenseCache:
+        lead = () if layers is None else (layers,)
+        # Two arrays, not one twice: donated buffers must differ.
+        return cls(*(jnp.zeros((*lead, batch, kv_heads, slots, head_dim), dtype) for _ in range(2)))
+
+    def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
+        q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
+        cache = DenseCache(
+            cache_append(self.k, k, layer, step.starts, counts=step.counts),
+            cache_append(self.v, v, layer, step.starts, counts=step.counts),
+        )
+        tokens = q.shape[2]
+        if step.fresh and tokens > 1:
+            out = flash_attention(q, k, v, lengths=step.counts, **rule.mask)
+        elif tokens <= DECODE_TOKENS:
+            out = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, **rule.mask)
+        else:
+            out = flash_attention(
+                q,
+                one_layer(cache.k, layer),
+                one_layer(cache.v, layer),
+                q_offset=step.starts,
+                lengths=step.totals,
+                **rule.mask,
+            )
+        return out, cache
+
+    @property
+    def append_limit(self) -> int | None:
+        return None
+
+    @property
+    def capacity(self) -> int | None:
+        return self.k.shape[-2]
+
+
+def one_layer(stacked: jax.Array, layer) -> jax.Array:
+    """`[B, K, S, D]` of a cache that may be stacked."""
+    return stacked if layer is None else jax.lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)

@@ -1,0 +1,183 @@
+"""Caches of bounded memory: a sliding window, and a window with attention sinks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step
+from jaxinf.cache.dense import one_layer
+from pallas_kernels import cache_append, flash_attention, flash_decode
+from pallas_kernels.merge import merge_partials
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RollingCache(LayerCache):
+    """The latest `window + max_append - 1` tokens of each row: token p lives in slot p mod S.
+
+    Of S slots, `window` belong to a query; the others let the first of `max_append` appended tokens still
+    find its whole window, and let up to `max_append - 1` tokens be taken back. `k, v [B, K, S, D]` or
+    `[L, B, K, S, D]`; keys rotated to their absolute positions.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    window: int = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def zeros(
+        cls,
+        layers: int | None,
+        batch: int,
+        kv_heads: int,
+        window: int,
+        head_dim: int,
+        dtype,
+        *,
+        max_append: int,
+    ) -> RollingCache:
+        lead = () if layers is None else (layers,)
+        shape = (*lead, batch, kv_heads, window + max_append - 1, head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), window)
+
+    def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
+        q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
+        out, cache, _ = self._attend(q, k, v, step, rule, layer)
+        return out, cache
+
+    def _attend(self, q, k, v, step: Step, rule: AttentionRule, layer, return_lse: bool = False):
+        """`step` on rotated `q, k`: `(out, cache, lse or None)`."""
+        mask = rule.mask | dict(window=min(self.window, rule.window or self.window))
+        mask["return_lse"] = return_lse
+        tokens, slots = q.shape[2], self.k.shape[-2]
+        if tokens <= min(DECODE_TOKENS, slots - self.window + 1) and not (step.fresh and tokens > 1):
+            cache = self._append(k, v, step, layer)
+            out = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, ring=True, **mask)
+        elif step.fresh:
+            cache = self._append(k, v, step, layer)
+            out = flash_attention(q, k, v, lengths=step.counts, **mask)
+        else:
+            # Read before writing: a long chunk overwrites the window that its first queries look at.
+            old = self.window - 1
+            kept = [self._latest(stored, step.starts, old, layer) for stored in (self.k, self.v)]
+            both = [jnp.concatenate([o, n.astype(o.dtype)], axis=2) for o, n in zip(kept, (k, v), strict=True)]
+            # Key column c holds position starts - old + c; those before the row's first token are no tokens.
+            absent = jnp.arange(old + tokens)[None] < (old - step.starts)[:, None]
+            out = flash_attention(
+                q,
+                *both,
+                q_offset=old,
+                lengths=old + step.totals - step.starts,
+                q_segment_ids=jnp.zeros((q.shape[0], tokens), jnp.int32),
+                kv_segment_ids=absent.astype(jnp.int32),
+                **mask,
+            )
+            cache = self._append(k, v, step, layer)
+        out, lse = out if return_lse else (out, None)
+        return out, cache, lse
+
+    def _append(self, k, v, step: Step, layer) -> RollingCache:
+        tokens, slots = k.shape[2], self.k.shape[-2]
+        starts, counts = step.starts, step.counts
+        if tokens > slots:
+            # Only the last `slots` real tokens of each row survive; shift them to the front.
+            counts = jnp.full_like(starts, tokens) if counts is None else counts
+            skip = jnp.maximum(counts - slots, 0)
+            index = jnp.minimum(skip[:, None] + jnp.arange(slots), tokens - 1)[:, None, :, None]
+            k, v = (jnp.take_along_axis(x, index, axis=2) for x in (k, v))
+            starts, counts = starts + skip, counts - skip
+        return dataclasses.replace(
+            self,
+            k=cache_append(self.k, k, layer, starts, counts=counts, ring=True),
+            v=cache_append(self.v, v, layer, starts, counts=counts, ring=True),
+        )
+
+    def _latest(self, stored: jax.Array, starts: jax.Array, count: int, layer) -> jax.Array:
+        """The `count` tokens before `starts`, in order: `[B, K, count, D]`."""
+        index = (starts[:, None] - count + jnp.arange(count)) % stored.shape[-2]
+        return jnp.take_along_axis(one_layer(stored, layer), index[:, None, :, None], axis=2)
+
+    @property
+    def append_limit(self) -> int | None:
+        return self.k.shape[-2] - self.window
+
+    @property
+    def capacity(self) -> int | None:
+        return None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SinkCache(LayerCache):
+    """A rolling window that also keeps the first tokens: attention sinks (Xiao et al. 2024, StreamingLLM).
+
+    Positions are those within the cache: once the window has left the sinks behind, sink j stands at j,
+    the window right after the sinks, the query last. Distances within the window do not change with time, so
+    its keys keep absolute angles; sinks are stored unrotated and turned at each step, with a query
+    turned to its place in the cache. Until the first token leaves the window this is full attention, exactly.
+
+    sink_k, sink_v: `[B, K, sinks, D]` or `[L, B, K, sinks, D]`, keys unrotated.
+    """
+
+    rolling: RollingCache
+    sink_k: jax.Array
+    sink_v: jax.Array
+
+    @classmethod
+    def zeros(
+        cls,
+        layers,
+        batch: int,
+        kv_heads: int,
+        window: int,
+        head_dim: int,
+        dtype,
+        *,
+        sinks: int,
+        max_append: int,
+    ) -> SinkCache:
+        rolling = RollingCache.zeros(layers, batch, kv_heads, window, head_dim, dtype, max_append=max_append)
+        lead = () if layers is None else (layers,)
+        shape = (*lead, batch, kv_heads, sinks, head_dim)
+        return cls(rolling, jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
+        window, sinks = self.rolling.window, self.sink_k.shape[-2]
+        out, rolling, lse = self.rolling._attend(
+            rule.turn(q, step.positions),
+            rule.turn(k, step.positions),
+            v,
+            step,
+            rule,
+            layer,
+            return_lse=True,
+        )
+        sink_k = cache_append(self.sink_k, k, layer, step.starts, counts=step.counts)
+        sink_v = cache_append(self.sink_v, v, layer, step.starts, counts=step.counts)
+
+        # Sink j is out of the window of a query at t when j <= t - window: causal, with an offset.
+        place = jnp.minimum(step.positions, window + sinks - 1)
+        order = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (q.shape[0], sinks))
+        sink_rule = dict(scale=rule.scale, softcap=rule.softcap, return_lse=True)
+        far, far_lse = flash_attention(
+            rule.turn(q, place),
+            rule.turn(one_layer(sink_k, layer), order).astype(q.dtype),
+            one_layer(sink_v, layer).astype(q.dtype),
+            q_offset=step.starts - window,
+            lengths=jnp.minimum(step.totals, sinks),
+            **sink_rule,
+        )
+        merged, _ = merge_partials([(out, lse), (far, far_lse)])
+        return merged, SinkCache(rolling, sink_k, sink_v)
+
+    @property
+    def append_limit(self) -> int | None:
+        return self.rolling.append_limit
+
+    @property
+    def capacity(self) -> int | None:
+        return None

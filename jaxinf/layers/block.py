@@ -1,0 +1,74 @@
+"""One transformer layer: attention and a feed-forward part around the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from jaxinf.cache import LayerCache, Step
+from jaxinf.layers.attention import Attention, AttentionSpec
+from jaxinf.layers.ffn import FFNSpec
+from jaxinf.layers.moe import MoESpec
+from jaxinf.layers.norm import NormSpec, RMSNormSpec
+
+Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer. With A attention, F feed-forward and n norms of their own, `placement` is
+
+      pre:      x += A(n(x)); x += F(n(x))                    Llama
+      post:     x += n(A(x)); x += n(F(x))                    OLMo 2
+      sandwich: x += n(A(n(x))); x += n(F(n(x)))              Gemma 2
+      parallel: h = n(x); x += A(h) + F(h)                    Cohere
+      parallel_two_norms: x += A(n(x)) + F(n(x))              GPT-NeoX
+
+    residual_scale: multiplies what is added to the residual stream (Granite).
+    """
+
+    attention: AttentionSpec
+    ffn: FFNSpec | MoESpec
+    norm: NormSpec = RMSNormSpec()
+    placement: Placement = "pre"
+    residual_scale: float = 1.0
+
+
+class Block(nnx.Module):
+    def __init__(self, spec: LayerSpec, d_model: int, *, rngs: nnx.Rngs, dtype):
+        self.spec = spec
+        self.attention = Attention(spec.attention, d_model, rngs=rngs, dtype=dtype)
+        self.ffn = spec.ffn.build(d_model, rngs=rngs, dtype=dtype)
+
+        def norm(*placements: str) -> nnx.Module | None:
+            if spec.placement not in placements:
+                return None
+            return spec.norm.build(d_model, dtype=dtype, axes=("embed",))
+
+        self.attention_norm = norm("pre", "sandwich", "parallel", "parallel_two_norms")
+        self.ffn_norm = norm("pre", "sandwich", "parallel_two_norms")
+        self.attention_post_norm = norm("post", "sandwich")
+        self.ffn_post_norm = norm("post", "sandwich")
+
+    def __call__(
+        self, x: jax.Array, step: Step, cache: LayerCache | None, *, layer=None, segment_ids=None
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array]:
+        """`x [B, T, d]` -> `([B, T, d], the cache after, balancing loss)`."""
+        scale, cached = self.spec.residual_scale, cache is not None
+
+        def add(x, y):
+            return x + (y if scale == 1.0 else y * scale)
+
+        h = x if self.attention_norm is None else self.attention_norm(x)
+        attended, cache = self.attention(h, step, cache, layer=layer, segment_ids=segment_ids)
+        if self.spec.placement.startswith("parallel"):
+            h = h if self.ffn_norm is None else self.ffn_norm(x)
+            fed, loss = self.ffn(h, cached=cached)
+            return add(x, attended + fed), cache, loss
+        x = add(x, attended if self.attention_post_norm is None else self.attention_post_norm(attended))
+        h = x if self.ffn_norm is None else self.ffn_norm(x)
+        fed, loss = self.ffn(h, cached=cached)
+        return add(x, fed if self.ffn_post_norm is None else self.ffn_post_norm(fed)), cache, loss

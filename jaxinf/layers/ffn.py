@@ -1,0 +1,109 @@
+"""Feed-forward layers and the activations inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinf.layers.linear import Linear
+
+Nonlinearity = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """What stands between the projections of a feed-forward layer; computed in float32."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate beside the up projection."""
+        raise NotImplementedError
+
+    def __call__(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Plain(ActivationSpec):
+    """f(up)."""
+
+    function: Nonlinearity = "gelu"
+
+    @property
+    def gated(self) -> bool:
+        return False
+
+    def __call__(self, up, gate=None):
+        return _FUNCTIONS[self.function](up)
+
+
+@dataclass(frozen=True)
+class Gated(ActivationSpec):
+    """f(gate) * up  (Shazeer 2020, GLU variants)."""
+
+    function: Nonlinearity = "silu"
+
+    @property
+    def gated(self) -> bool:
+        return True
+
+    def __call__(self, up, gate):
+        return _FUNCTIONS[self.function](gate) * up
+
+
+@dataclass(frozen=True)
+class ClampedGated(ActivationSpec):
+    """gate * sigmoid(alpha * gate) * (up + 1), gate clipped from above and up on both sides by `limit`
+    (GPT-OSS model card, 2025)."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    @property
+    def gated(self) -> bool:
+        return True
+
+    def __call__(self, up, gate):
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1.0)
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """down(activation(up(x), gate(x))) with `width` hidden channels."""
+
+    width: int
+    activation: ActivationSpec = Gated()
+    bias: bool = False
+
+    def build(self, d_model: int, *, rngs: nnx.Rngs, dtype) -> FFN:
+        return FFN(self, d_model, rngs=rngs, dtype=dtype)
+
+
+class FFN(nnx.Module):
+    def __init__(self, spec: FFNSpec, d_model: int, *, rngs: nnx.Rngs, dtype):
+        self.spec = spec
+        make = dict(bias=spec.bias, rngs=rngs, dtype=dtype)
+        self.up = Linear(d_model, spec.width, axes=("embed", "ffn"), **make)
+        self.gate = Linear(d_model, spec.width, axes=("embed", "ffn"), **make) if spec.activation.gated else None
+        self.down = Linear(spec.width, d_model, axes=("ffn", "embed"), **make)
+
+    def __call__(self, x: jax.Array, *, cached: bool = False) -> tuple[jax.Array, jax.Array]:
+        """`x [B, T, d]` -> `([B, T, d], 0.0)`: the second is the balancing loss that a mixture would have."""
+        up = self.up(x).astype(jnp.float32)
+        gate = None if self.gate is None else self.gate(x).astype(jnp.float32)
+        return self.down(self.spec.activation(up, gate).astype(x.dtype)), jnp.zeros((), jnp.float32)

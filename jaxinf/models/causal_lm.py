@@ -1,0 +1,244 @@
+"""The one decoder-only language model, built of segments."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinf.cache import Cache, DenseCache, LayerCache, RollingCache, SinkCache, Step
+from jaxinf.layers import Block, Embedding, LayerSpec, Linear
+from jaxinf.models.spec import ModelSpec
+from jaxinf.models.spec import Segment as SegmentSpec
+from pallas_kernels.errors import InputError
+
+Layout = Literal["list", "stacked"]
+
+
+class Segment(nnx.Module):
+    """A period of blocks, repeated.
+
+    "list": `blocks` holds every layer; a Python loop runs them (the fast form on a CPU). "stacked": `blocks`
+    holds one block a slot of the period, its parameters stacked along a leading axis of `repeats`; a
+    `lax.scan` runs them with the caches in the carry (deep models compile in seconds, caches stay in place).
+    """
+
+    def __init__(self, spec: SegmentSpec, d_model: int, *, layout: Layout, rngs: nnx.Rngs, dtype):
+        self.spec, self.layout = spec, layout
+
+        def make(layer: LayerSpec) -> Block:
+            return Block(layer, d_model, rngs=rngs, dtype=dtype)
+
+        if layout == "list":
+            self.blocks = nnx.List([make(layer) for _ in range(spec.repeats) for layer in spec.period])
+        else:
+            self.blocks = nnx.List([stack([make(layer) for _ in range(spec.repeats)]) for layer in spec.period])
+
+    def __call__(
+        self, x: jax.Array, step: Step, caches: tuple[LayerCache, ...] | None, segment_ids=None
+    ) -> tuple[jax.Array, tuple[LayerCache, ...] | None, jax.Array]:
+        run = self._list if self.layout == "list" else self._stacked
+        return run(x, step, caches, segment_ids)
+
+    def _list(self, x, step, caches, segment_ids):
+        after, losses = [], []
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x, cache, loss = block(x, step, cache, segment_ids=segment_ids)
+            after.append(cache)
+            losses.append(loss)
+        return x, tuple(after) if caches is not None else None, sum(losses)
+
+    def _stacked(self, x, step, caches, segment_ids):
+        split = [nnx.split(block) for block in self.blocks]
+        graphs = [graph for graph, _ in split]
+
+        def body(carry, xs):
+            x, caches, loss = carry
+            layer, states = xs
+            after = []
+            for slot, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+                cache = None if caches is None else caches[slot]
+                block = nnx.merge(graph, state)
+                x, cache, extra = block(x, step, cache, layer=layer, segment_ids=segment_ids)
+                after.append(cache)
+                loss = loss + extra
+            return (x, tuple(after) if caches is not None else None, loss), None
+
+        layers = jnp.arange(self.spec.repeats, dtype=jnp.int32)
+        start = (x, caches, jnp.zeros((), jnp.float32))
+        (x, caches, loss), _ = jax.lax.scan(body, start, (layers, [state for _, state in split]))
+        return x, caches, loss
+
+
+class CausalLM(nnx.Module):
+    """Tokens to logits. All families are this class with another `ModelSpec`."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, param_dtype=jnp.float32, layout: Layout = "list"):
+        self.spec, self.layout = spec, layout
+        d, make = spec.d_model, dict(rngs=rngs, dtype=param_dtype)
+        self.embed = Embedding(spec.vocab, d, axes=("vocab", "embed"), **make)
+        entries = spec.learned_positions
+        self.positions = None if entries is None else Embedding(entries, d, axes=(None, "embed"), **make)
+        self.embed_norm = _norm(spec.embed_norm, d, param_dtype)
+        self.segments = nnx.List([Segment(s, d, layout=layout, **make) for s in spec.segments])
+        self.final_norm = _norm(spec.final_norm, d, param_dtype)
+        head = dict(axes=("embed", "vocab"), bias=spec.head_bias)
+        self.head = None if spec.tied else Linear(d, spec.vocab, **head, **make)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of activations: that of the embedding."""
+        return self.embed.table[...].dtype
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        cache: Cache | None = None,
+        *,
+        counts: jax.Array | None = None,
+        fresh: bool = False,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None, jax.Array]:
+        """Final hidden states of T new tokens a row.
+
+        Args:
+          tokens: int32 `[B, T]`; row b's first `counts[b]` are real, the rest padding.
+          cache: what came before; None: nothing came before and nothing is kept.
+          counts: int32 `[B]`; None: all T.
+          fresh: static; the cache is empty in every row (its content is then not read).
+          segment_ids: int32 `[B, T]`; tokens see their own segment alone. Without a cache only.
+          positions: int32 `[B, T]`; default: consecutive. Without a cache only.
+
+        Returns:
+          `(hidden [B, T, d_model], the cache after or None, the mixtures' balancing loss)`.
+        """
+        if cache is not None and not (segment_ids is None and positions is None):
+            raise InputError("segment_ids and positions are for passes without a cache; leave out one or the other")
+        starts = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
+        if positions is None:
+            positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        step = Step(positions, counts, fresh)
+
+        x = self.embed(tokens)
+        if self.spec.embed_scale != 1.0:
+            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+
+        layers, loss = [], jnp.zeros((), jnp.float32)
+        for i, segment in enumerate(self.segments):
+            x, after, extra = segment(x, step, None if cache is None else cache.layers[i], segment_ids)
+            layers.append(after)
+            loss = loss + extra
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x, None if cache is None else Cache(tuple(layers), step.totals), loss
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """`[..., d_model]` -> float32 `[..., vocab]`."""
+        if self.head is None:
+            y = self.embed.attend(hidden)
+        else:
+            y = self.head(hidden, out=jnp.float32)
+        if self.spec.logit_scale != 1.0:
+            y = y * self.spec.logit_scale
+        if self.spec.logit_softcap is not None:
+            y = self.spec.logit_softcap * jnp.tanh(y / self.spec.logit_softcap)
+        return y
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits of whole sequences without a cache: int32 `[B, T]` -> float32 `[B, T, vocab]`."""
+        return self.logits(self.hidden(tokens)[0])
+
+    def train_logits(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`(logits float32 [B, T, vocab], the mixtures' balancing loss)`."""
+        hidden, _, loss = self.hidden(tokens)
+        return self.logits(hidden), loss
+
+    def init_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        dtype=None,
+        max_append: int = 1,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` tokens.
+
+        Args:
+          capacity: tokens; layers with a window store less where that is enough.
+          dtype: of keys and values; default: the model's.
+          max_append: tokens that one pass may append and then take back (1 for plain decoding).
+          window, sinks: bound the memory of layers that see everything to the latest `window` tokens and the
+            first `sinks` (StreamingLLM).
+
+        Raises:
+          InputError: sizes below 1, or `sinks` without `window`.
+        """
+        return init_cache(
+            self.spec,
+            batch,
+            capacity,
+            dtype=self.dtype if dtype is None else dtype,
+            layout=self.layout,
+            max_append=max_append,
+            window=window,
+            sinks=sinks,
+        )
+
+
+def init_cache(
+    spec: ModelSpec,
+    batch: int,
+    capacity: int,
+    *,
+    dtype,
+    layout: Layout = "list",
+    max_append: int = 1,
+    window: int | None = None,
+    sinks: int = 0,
+) -> Cache:
+    """See `CausalLM.init_cache`."""
+    for name, value in dict(batch=batch, capacity=capacity, max_append=max_append).items():
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+    if sinks < 0 or (sinks and window is None):
+        raise InputError(f"sinks={sinks} must be at least 0 and needs a window (window={window})")
+    if window is not None and window < 1:
+        raise InputError(f"window={window} must be at least 1, or None")
+
+    def one(layer: LayerSpec, layers: int | None) -> LayerCache:
+        a = layer.attention
+        shape = (layers, batch, a.kv_heads)
+        if a.window is not None and a.window + max_append - 1 < capacity:
+            return RollingCache.zeros(*shape, a.window, a.head_dim, dtype, max_append=max_append)
+        if a.window is None and window is not None:
+            if sinks:
+                return SinkCache.zeros(*shape, window, a.head_dim, dtype, sinks=sinks, max_append=max_append)
+            return RollingCache.zeros(*shape, window, a.head_dim, dtype, max_append=max_append)
+        return DenseCache.zeros(*shape, capacity, a.head_dim, dtype)
+
+    def segment(s: SegmentSpec) -> tuple[LayerCache, ...]:
+        if layout == "list":
+            return tuple(one(layer, None) for _ in range(s.repeats) for layer in s.period)
+        return tuple(one(layer, s.repeats) for layer in s.period)
+
+    return Cache(tuple(segment(s) for s in spec.segments), jnp.zeros((batch,), jnp.int32))
+
+
+def stack(blocks: list[Block]) -> Block:
+    """Blocks of the same spec as one whose parameters have a leading axis, one entry a block."""
+    graph, *_ = nnx.split(blocks[0])
+    states = [nnx.split(block)[1] for block in blocks]
+    return nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def _norm(spec, d: int, dtype) -> nnx.Module | None:
+    return None if spec is None else spec.build(d, dtype=dtype, axes=("embed",))
