@@ -1,0 +1,17 @@
+"""What every test runs under: the CPU as eight devices, no network, no compilation cache."""
+
+import os
+import sys
+
+assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could choose its devices"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# A cache kept between runs would hide a compilation that a test counts; tests of the cache name a folder.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.load_profile("repeatable")
