@@ -82,7 +82,7 @@ def _read(hint: Any, record: Any, at: str) -> Any:
         return float(record)
     if hint in (int, float, str, bool) and type(record) is hint:
         return record
-    raise InputError(f"{at}={record!r} must be a {getattr(hint, '__name__', hint)}")
+    raise InputError(f"{at}={record!r} must be of type {getattr(hint, '__name__', hint)}")
 
 
 def _read_dataclass(cls: Any, record: Any, at: str) -> Any:

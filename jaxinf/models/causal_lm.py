@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -28,13 +29,11 @@ class Segment(nnx.Module):
     def __init__(self, spec: SegmentSpec, d_model: int, *, layout: Layout, rngs: nnx.Rngs, dtype):
         self.spec, self.layout = spec, layout
 
-        def make(layer: LayerSpec) -> Block:
-            return Block(layer, d_model, rngs=rngs, dtype=dtype)
-
+        rows = [[Block(x, d_model, rngs=rngs, dtype=dtype) for x in spec.period] for _ in range(spec.repeats)]
         if layout == "list":
-            self.blocks = nnx.List([make(layer) for _ in range(spec.repeats) for layer in spec.period])
+            self.blocks = nnx.List([block for row in rows for block in row])
         else:
-            self.blocks = nnx.List([stack([make(layer) for _ in range(spec.repeats)]) for layer in spec.period])
+            self.blocks = nnx.List([stack(slot) for slot in zip(*rows, strict=True)])
 
     def __call__(
         self, x: jax.Array, step: Step, caches: tuple[LayerCache, ...] | None, segment_ids=None
@@ -233,7 +232,7 @@ def init_cache(
     return Cache(tuple(segment(s) for s in spec.segments), jnp.zeros((batch,), jnp.int32))
 
 
-def stack(blocks: list[Block]) -> Block:
+def stack(blocks: Sequence[Block]) -> Block:
     """Blocks of the same spec as one whose parameters have a leading axis, one entry a block."""
     graph, *_ = nnx.split(blocks[0])
     states = [nnx.split(block)[1] for block in blocks]
