@@ -1,6 +1,9 @@
 """Ops on arrays, one folder each: a reference in plain `jax.numpy` and fast formulations beside it."""
 
+from pallas_kernels.cache_append import cache_append
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_decode import flash_decode
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul
 
-__all__ = ["grouped_matmul", "quantized_matmul"]
+__all__ = ["cache_append", "flash_attention", "flash_decode", "grouped_matmul", "quantized_matmul"]

@@ -1,0 +1,56 @@
+"""`flash_decode` by its definition."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.masks import Rules, ring_positions
+
+
+def reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    sinks: jax.Array | None,
+    alibi_slopes: jax.Array | None,
+    rules: Rules,
+    *,
+    scale: float,
+    softcap: float | None,
+    ring: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of the T newest tokens over a cache (the formula of `flash_attention`), every score written out.
+
+    Query t of row b is at position lengths[b] - T + t, causally. Slot s of k[layer, b] holds position s, or in a
+    ring of S slots the largest p < lengths[b] with p = s modulo S. A quantised cache stands for k * k_scale and
+    v * v_scale, one scale for each row, head and slot.
+    Returns out in q's dtype and lse in float32.
+    """
+    k, v, k_scale, v_scale = (
+        None if x is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        for x in (k, v, k_scale, v_scale)
+    )
+    assert k is not None
+    assert v is not None
+    assert rules.lengths is not None
+    if k_scale is not None:
+        k = k.astype(jnp.float32) * k_scale[..., None]
+    if v_scale is not None:
+        v = v.astype(jnp.float32) * v_scale[..., None]
+    slots = k.shape[2]
+    positions = ring_positions(rules.lengths, slots, jnp.arange(slots)) if ring else None
+    out, lse = dense_attention(
+        q,
+        k,
+        v,
+        rules,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        positions=positions,
+    )
+    return out.astype(q.dtype), lse
