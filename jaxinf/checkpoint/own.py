@@ -1,0 +1,97 @@
+"""The project's own form of a checkpoint: the spec in `config.json`, parameters under their own names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxinf.checkpoint.folders import CONFIG, GENERATION, write_json, written_beside
+from jaxinf.checkpoint.parameters import pending
+from jaxinf.checkpoint.tensors import SHARD_BYTES, write
+from jaxinf.core import from_record, to_record
+from jaxinf.models import CausalLM, ModelSpec
+from pallas_kernels.errors import CheckpointError, InputError
+
+MODEL_TYPE, VERSION = "jaxinf", 1
+Progress = Callable[[int, int], None]
+
+
+def save(
+    folder: str | Path,
+    model: CausalLM,
+    *,
+    tokenizer_files: Iterable[str | Path] = (),
+    generation: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a folder that `load` reads back bit for bit, in either layout.
+
+    It holds `config.json`, `model.safetensors` (or shards with an index), the tokenizer's files and
+    `generation_config.json`. It is written beside and renamed: `folder` is complete or untouched.
+
+    Args:
+      tokenizer_files: copied under their own names.
+      generation: end-of-sequence tokens and default sampling, with the keys of Hugging Face.
+      overwrite: replace a checkpoint that is there.
+      shard_bytes: largest file of several tensors.
+      progress: called with (bytes written, bytes in all).
+
+    Returns:
+      The folder's path.
+
+    Raises:
+      CheckpointError: the folder exists, or cannot be written.
+      UnsupportedError: a parameter is not a plain array.
+    """
+    folder = Path(folder)
+    with written_beside(folder, overwrite=overwrite) as scratch:
+        describe(scratch, model, tokenizer_files, generation)
+        write(scratch, pending(model), shard_bytes=shard_bytes, progress=progress)
+    return folder
+
+
+def describe(
+    folder: Path, model: CausalLM, tokenizer_files: Iterable[str | Path], generation: dict[str, Any] | None
+) -> None:
+    """Writes everything but the weights."""
+    write_json(folder / CONFIG, config_of(model))
+    if generation:
+        write_json(folder / GENERATION, generation)
+    for file in map(Path, tokenizer_files):
+        if not file.is_file():
+            raise CheckpointError(f"tokenizer file {file} is not there")
+        shutil.copyfile(file, folder / file.name)
+
+
+def config_of(model: CausalLM) -> dict[str, Any]:
+    return {
+        "model_type": MODEL_TYPE,
+        "version": VERSION,
+        "dtype": str(jnp.dtype(model.dtype)),
+        "spec": to_record(model.spec),
+    }
+
+
+def spec_of(config: dict[str, Any], at: Path) -> ModelSpec:
+    """The spec in a `config.json` of this form.
+
+    Raises:
+      CheckpointError: a later version wrote it, or the record does not describe a model.
+    """
+    if config.get("version") != VERSION:
+        raise CheckpointError(
+            f"{at} is version {json.dumps(config.get('version'))} of this format; this build reads {VERSION}"
+        )
+    if unknown := sorted(set(config) - {"model_type", "version", "dtype", "spec", "weights"}):
+        raise CheckpointError(f"{at} has keys that are not understood: {', '.join(unknown)}")
+    try:
+        return from_record(ModelSpec, config.get("spec"))
+    except InputError as e:
+        raise CheckpointError(f"{at} does not describe a model: {e}") from e

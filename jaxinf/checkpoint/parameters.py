@@ -1,0 +1,225 @@
+"""The parameters of a model by name, whatever its layout, and how they are filled from tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxinf.checkpoint.tensors import Pending, Tensors
+from jaxinf.models import CausalLM, ModelSpec
+from jaxinf.models.causal_lm import Layout
+from pallas_kernels.errors import CheckpointError, UnsupportedError
+
+_CHUNK = 1 << 20
+"""Elements converted and checked at a time."""
+_TILE = 256
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A leaf of the model, and the names of the parameters in it.
+
+    Names do not depend on the layout: "embed.table", "layers.3.attention.query.kernel". A leaf that stacks
+    the layers of a scan has one name for each of its first axis's entries (`stacked`).
+    """
+
+    path: tuple[Any, ...]
+    names: tuple[str, ...]
+    stacked: bool
+    value: Any
+
+
+def abstract(spec: ModelSpec, dtype, layout: Layout) -> CausalLM:
+    """The model with shapes and dtypes for parameters."""
+    return nnx.eval_shape(lambda: CausalLM(spec, rngs=nnx.Rngs(0), param_dtype=dtype, layout=layout))
+
+
+def slots(model: CausalLM) -> list[Slot]:
+    """The leaves of a model, abstract or not, in the order of the module tree."""
+    return [_slot(model, path, variable.get_value()) for path, variable in nnx.to_flat_state(nnx.state(model))]
+
+
+def _slot(model: CausalLM, path: tuple[Any, ...], value: Any) -> Slot:
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        at = ".".join(map(str, path))
+        raise UnsupportedError(f"{at} is a {type(value).__name__}; plain arrays alone can be stored so far")
+    if path[0] != "segments":
+        return Slot(path, (".".join(map(str, path)),), False, value)
+    _, segment, _, block, *rest = path
+    specs = model.spec.segments
+    first = sum(s.layers for s in specs[:segment]) + block
+    period = len(specs[segment].period)
+    stacked = model.layout == "stacked"
+    layers = [first + r * period for r in range(specs[segment].repeats)] if stacked else [first]
+    tail = ".".join(map(str, rest))
+    return Slot(path, tuple(f"layers.{i}.{tail}" for i in layers), stacked, value)
+
+
+def pending(model: CausalLM) -> Iterator[Pending]:
+    """The parameters of a model, ready to be written."""
+    for slot in slots(model):
+        shape = tuple(slot.value.shape)
+        for i, name in enumerate(slot.names):
+
+            def value(slot=slot, i=i) -> np.ndarray:
+                whole = np.asarray(slot.value)
+                return whole[i] if slot.stacked else whole
+
+            yield Pending(name, np.dtype(slot.value.dtype), shape[1:] if slot.stacked else shape, value)
+
+
+def same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter's values lie.
+
+    names: stored tensors; several are stacked along a new first axis.
+    view: from one stored tensor to the parameter (or one entry of that axis), of any dtype; moves no data.
+    """
+
+    names: tuple[str, ...]
+    view: Callable[[np.ndarray], np.ndarray] = same
+    several: bool = False
+
+
+def fill(
+    model: CausalLM,
+    tensors: Tensors,
+    source: Callable[[str], Source],
+    *,
+    ignorable: Callable[[str], bool] = lambda name: False,
+    at: str,
+) -> CausalLM:
+    """The abstract `model` with values from `tensors`, one leaf at a time.
+
+    Args:
+      source: from a parameter's name to where its values lie.
+      ignorable: whether a stored tensor that no parameter asks for may be left.
+      at: what to call the checkpoint in errors.
+
+    Raises:
+      CheckpointError: tensors are missing, left over or of another shape (all are named), or a value is NaN
+        or infinite.
+    """
+    leaves = slots(model)
+    sources = {name: source(name) for leaf in leaves for name in leaf.names}
+    _check_shapes(leaves, sources, tensors, ignorable, at)
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    for leaf in leaves:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found and named
+            host = _gather(leaf, sources, tensors)
+        flat[leaf.path] = flat[leaf.path].replace(jax.block_until_ready(jax.device_put(host)))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors) -> np.ndarray:
+    """The values of a leaf on the host: a view of the file where that will do, else one new array."""
+    dtype = np.dtype(leaf.value.dtype)
+    first = sources[leaf.names[0]]
+    if not leaf.stacked and not first.several:
+        view = first.view(tensors.read(first.names[0]))
+        if view.dtype == dtype and view.flags.c_contiguous:
+            _check_finite(view, first.names[0])
+            return view
+    out = _aligned(tuple(leaf.value.shape), dtype)
+    for i, name in enumerate(leaf.names):
+        target, source = (out[i] if leaf.stacked else out), sources[name]
+        for j, stored in enumerate(source.names):
+            _copy(target[j] if source.several else target, source.view(tensors.read(stored)), stored)
+    return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that a CPU device takes over without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(target: np.ndarray, values: np.ndarray, name: str) -> None:
+    if target.ndim > 2:
+        for t, v in zip(target, values, strict=True):
+            _copy(t, v, name)
+    elif target.ndim == 2 and values.strides[0] < values.strides[1]:
+        # Transposed: tile by tile, so that neither side strides through memory.
+        for i in range(0, target.shape[0], _TILE):
+            for j in range(0, target.shape[1], _TILE):
+                target[i : i + _TILE, j : j + _TILE] = values[i : i + _TILE, j : j + _TILE]
+            _check_finite(target[i : i + _TILE], name)
+    else:
+        rows = max(1, _CHUNK // max(1, target[:1].size))
+        for i in range(0, target.shape[0], rows):
+            target[i : i + rows] = values[i : i + rows]
+            _check_finite(target[i : i + rows], name)
+
+
+def _check_finite(x: np.ndarray, name: str) -> None:
+    if x.size > _CHUNK and x.ndim > 1:
+        rows = max(1, _CHUNK // max(1, x[:1].size))
+        for i in range(0, x.shape[0], rows):
+            if x.shape[0] > 1:
+                _check_finite(x[i : i + rows], name)
+            else:
+                _check_finite(x[0], name)
+        return
+    if x.dtype.itemsize == 2 and x.dtype.kind in "fV":
+        # The exponent's bits all set: many times faster than the test by value.
+        bits = np.uint16(0x7F80 if x.dtype == jnp.bfloat16 else 0x7C00)
+        good = not np.any((x.view(np.uint16) & bits) == bits)
+    else:
+        good = bool(np.all(np.isfinite(x)))
+    if not good:
+        raise CheckpointError(
+            f"tensor {name} holds values that are NaN or infinite in {x.dtype}; the checkpoint is damaged, or "
+            "needs a wider dtype"
+        )
+
+
+def _check_shapes(
+    leaves: Sequence[Slot],
+    sources: dict[str, Source],
+    tensors: Tensors,
+    ignorable: Callable[[str], bool],
+    at: str,
+) -> None:
+    used = {stored for source in sources.values() for stored in source.names}
+    missing = sorted(used - set(tensors))
+    extra = sorted(name for name in tensors if name not in used and not ignorable(name))
+    wrong = []
+    for leaf in leaves:
+        want = tuple(leaf.value.shape)[1:] if leaf.stacked else tuple(leaf.value.shape)
+        for name in leaf.names:
+            source = sources[name]
+            for stored in source.names:
+                if stored in tensors and (why := _mismatch(tensors, stored, source, want)):
+                    wrong.append(why)
+    problems = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("missing", missing), ("not understood", extra), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"the tensors of {at} do not fit its config; " + "; ".join(problems))
+
+
+def _mismatch(tensors: Tensors, stored: str, source: Source, want: tuple[int, ...]) -> str | None:
+    want = want[1:] if source.several else want
+    shape = tensors[stored].shape
+    try:
+        got = source.view(np.broadcast_to(np.int8(0), shape)).shape
+    except (ValueError, IndexError):
+        got = None
+    if got == want:
+        return None
+    return f"{stored} {list(shape)}, where the parameter is {list(want)}"
