@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 Rotate = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -92,6 +93,13 @@ class LayerCache(abc.ABC):
         Returns:
           `(out [B, N, T, D], the cache after)`. Columns past a row's count are unspecified and not stored.
         """
+
+    def take(self, rows: jax.Array) -> LayerCache:
+        """The cache of the rows `rows` int32 `[M]`, in that order, repeats allowed; a copy.
+
+        This one is for caches whose every array is `[..., B, K, S, D]`.
+        """
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), self)
 
     @property
     @abc.abstractmethod

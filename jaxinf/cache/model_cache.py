@@ -49,3 +49,8 @@ class Cache:
         if lengths.shape != self.lengths.shape:
             raise InputError(f"lengths.shape={lengths.shape} must be {self.lengths.shape}")
         return dataclasses.replace(self, lengths=lengths)
+
+    def take(self, rows: jax.Array) -> Cache:
+        """The cache of the rows `rows` int32 `[M]`, in that order, repeats allowed; a copy."""
+        layers = tuple(tuple(c.take(rows) for c in segment) for segment in self.layers)
+        return Cache(layers, self.lengths[rows])
