@@ -4,9 +4,7 @@ from case import BODY, TIED, UNTIED, Case, published
 
 
 def llama() -> list[Case]:
-    mha = (
-        BODY | UNTIED | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    )
+    mha = BODY | UNTIED | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -18,7 +16,6 @@ def llama() -> list[Case]:
         BODY
         | TIED
         | {
-            "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "head_dim": 16,
             "rms_norm_eps": 1e-5,
@@ -208,4 +205,97 @@ def qwen() -> list[Case]:
     ]
 
 
-CASES = [*llama(), *mistral(), *qwen()]
+def olmo() -> list[Case]:
+    olmo2 = (
+        BODY
+        | UNTIED
+        | {
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        }
+    )
+    olmoe = olmo2 | {
+        "num_key_value_heads": 4,
+        "intermediate_size": 8,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    return [
+        Case(
+            "olmo2",
+            "olmo2",
+            olmo2,
+            published("olmo2", "Olmo2ForCausalLM", olmo2, rope_theta=500000, rope_scaling=None),
+            {"rms_norm_eps": 0.1},
+            note="norms after each branch, and over the full width of queries and keys",
+        ),
+        Case(
+            "olmoe",
+            "olmoe",
+            olmoe,
+            published("olmoe", "OlmoeForCausalLM", olmoe, rope_theta=10000.0, clip_qkv=None),
+            {"norm_topk_prob": True},
+        ),
+    ]
+
+
+def others() -> list[Case]:
+    granite = (
+        BODY
+        | TIED
+        | {
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    )
+    smollm3 = (
+        BODY
+        | TIED
+        | {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "pad_token_id": None,
+            "no_rope_layers": [1, 0, 1],
+            "no_rope_layer_interval": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
+        }
+    )
+    return [
+        Case(
+            "granite",
+            "granite",
+            granite,
+            published("granite", "GraniteForCausalLM", granite, rope_theta=10000.0, rope_scaling=None),
+            {
+                "embedding_multiplier": 1.0,
+                "residual_multiplier": 1.0,
+                "attention_multiplier": 1.0,
+                "logits_scaling": 1.0,
+            },
+            embedding_scale=0.15,
+            gain=2.0,
+        ),
+        Case(
+            "smollm3",
+            "smollm3",
+            smollm3,
+            published("smollm3", "SmolLM3ForCausalLM", smollm3, rope_theta=5e6, use_sliding_window=False),
+            {"no_rope_layers": [1, 1, 1]},
+            embedding_scale=0.25,
+            gain=1.5,
+            note="every second layer has no rotary positions",
+        ),
+    ]
+
+
+CASES = [*llama(), *mistral(), *qwen(), *olmo(), *others()]

@@ -7,7 +7,7 @@ Each case is a folder beside this file:
 * `config_v4.json`, in most cases: the same model in the form of published checkpoints before transformers 5;
 * `golden.safetensors`: `tokens` int32 [2, T], `logits` float32 [2, T, V] of a full forward pass over them,
   `prompt_lengths` int32 [2], and `greedy` int32 [2, 24], the tokens that greedy decoding adds to the prompt
-  `tokens[i, :prompt_lengths[i]]`. Its metadata names the case, the seed and, where there is one, a note.
+  `tokens[i, :prompt_lengths[i]]`. Its metadata has one key, `about`: JSON with the case, seed and a note.
 
 A seed is kept only if it is a fair test, see `unfair`. The same versions of torch and transformers give the
 same files again.
@@ -195,9 +195,9 @@ def make(case: Case) -> None:
     folder, scratch = HERE / case.name, HERE / f".{case.name}.new"
     shutil.rmtree(scratch, ignore_errors=True)
     write_weights(case, model, scratch)
-    metadata = {"case": case.name, "seed": str(seed), "transformers": transformers.__version__}
-    if case.note:
-        metadata["note"] = case.note
+    about = {"case": case.name, "seed": seed, "transformers": transformers.__version__, "note": case.note}
+    # One key alone: safetensors writes several in a random order.
+    metadata = {"about": json.dumps(about)}
     save_file(arrays, scratch / "golden.safetensors", metadata=metadata)
     check_folder(case, scratch, arrays)
     shutil.rmtree(folder, ignore_errors=True)
