@@ -1,0 +1,264 @@
+"""The training loop: one jitted step, exact resuming, a schedule by steps and, if asked, by time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jaxinf.models import CausalLM, ModelSpec
+from jaxinf.training.data import Batches
+from jaxinf.training.optimizer import OptimizerSpec, make_optimizer, rate_factor, scaled_update
+from pallas_kernels.errors import CheckpointError, InputError
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How to train one model.
+
+    batch, context: rows of a batch and tokens of a row; `context` is also the longest that is learned.
+    steps: updates in all.
+    phases: `(progress, length)`, in order: until `progress` of the run rows are cut into pieces of `length`
+      tokens, which makes attention cheaper; the last phase must be `(1.0, context)`.
+    balance: weight of the mixtures' load-balancing loss.
+    """
+
+    batch: int
+    context: int
+    steps: int
+    phases: tuple[tuple[float, int], ...] = ()
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    balance: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch", "context", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if any(self.context % length for _, length in self.phases):
+            raise InputError(f"phases={self.phases} must have lengths that divide context={self.context}")
+
+    def length(self, progress: float) -> int:
+        """Tokens of a row at `progress` in [0, 1] of the run."""
+        return next((length for until, length in self.phases if progress < until), self.context)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step reports; `loss` is nats per token without the balancing loss, `seconds` since the start."""
+
+    step: int
+    progress: float
+    loss: float
+    balance: float
+    seconds: float
+    tokens: int
+
+
+class Network:
+    """A `CausalLM` as a pure function of a flat dict of parameters, path to array."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+        abstract = nnx.eval_shape(lambda: CausalLM(spec, rngs=nnx.Rngs(0), param_dtype=jnp.float32))
+        self.graph, state = nnx.split(abstract)
+        leaves, self._tree = jax.tree_util.tree_flatten_with_path(state)
+        self.paths = tuple(_name(path) for path, _ in leaves)
+        self.shapes = {path: leaf.shape for path, (_, leaf) in zip(self.paths, leaves, strict=True)}
+
+    def init(self, seed: int) -> Params:
+        """Fresh float32 parameters; those that write to the residual stream shrink by sqrt(2 * depth)
+        (GPT-2: Radford et al. 2019)."""
+        model = CausalLM(self.spec, rngs=nnx.Rngs(seed), param_dtype=jnp.float32)
+        leaves = jax.tree.leaves(nnx.split(model)[1])
+        params = dict(zip(self.paths, leaves, strict=True))
+        shrink = (2 * self.spec.depth) ** -0.5
+        return {
+            path: x * shrink if x.ndim >= 2 and {"out", "down"} & set(path.split("/")) else x
+            for path, x in params.items()
+        }
+
+    def model(self, params: Params) -> CausalLM:
+        """The module with these parameters (inside `jit` too)."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self._tree, [params[path] for path in self.paths]))
+
+    def loss(self, params: Params, rows: jax.Array, balance: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """int32 `[B, T + 1]` -> `(what is minimised, (nats per token, balancing loss))`."""
+        logits, uneven = self.model(params).train_logits(rows[:, :-1])
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]))
+        return loss + balance * uneven, (loss, uneven)
+
+
+def _name(path: Sequence) -> str:
+    keys = [getattr(entry, "key", getattr(entry, "idx", None)) for entry in path]
+    return "/".join(str(key) for key in keys if key is not None)
+
+
+def pieces(rows: np.ndarray, length: int) -> np.ndarray:
+    """Cut rows `[B, T + 1]` into `[B * T / length, length + 1]`; neighbours share one token."""
+    count = (rows.shape[1] - 1) // length
+    return np.concatenate([rows[:, i * length : (i + 1) * length + 1] for i in range(count)])
+
+
+class Trainer:
+    """Runs and resumes one training.
+
+    Args:
+      spec: what to train.
+      train: how.
+      batches: where tokens come from; rows of `train.context + 1`.
+      folder: where checkpoints and the log go; None: nowhere.
+    """
+
+    def __init__(self, spec: ModelSpec, train: TrainSpec, batches: Batches, folder: Path | None = None):
+        if batches.context != train.context or batches.batch != train.batch:
+            raise InputError(
+                f"batches of {batches.batch} x {batches.context} do not match the recipe's "
+                f"{train.batch} x {train.context}: make them alike"
+            )
+        self.network, self.train, self.batches, self.folder = Network(spec), train, batches, folder
+        self.optimizer = make_optimizer(train.optimizer, self.network.shapes)
+        self.params = self.network.init(train.seed)
+        self.opt_state = self.optimizer.init(self.params)
+        self.step, self.seconds, self.records = 0, 0.0, list[StepRecord]()
+        self._manager = None
+        if folder is not None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+    def progress(self, minutes: float | None = None) -> float:
+        """Part of the run that is done: of the steps or, where further, of the time allowed."""
+        done = self.step / self.train.steps
+        return min(1.0, done if minutes is None else max(done, self.seconds / 60 / minutes))
+
+    def run(
+        self,
+        *,
+        minutes: float | None = None,
+        until: int | None = None,
+        checkpoint_minutes: float = 5.0,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> None:
+        """Train to the end, or to step `until`.
+
+        With `minutes` the schedule follows the clock where that is ahead of the steps: the rate still falls to
+        0, but the run is then not reproducible bit by bit. Ctrl-C saves a checkpoint and raises again.
+        """
+        last_save = time.monotonic()
+        start = time.monotonic() - self.seconds
+        try:
+            while self.progress(minutes) < 1.0 and (until is None or self.step < until):
+                progress = self.progress(minutes)
+                rows = pieces(self.batches[self.step], self.train.length(progress))
+                factor = jnp.float32(rate_factor(self.train.optimizer, progress))
+                self.params, self.opt_state, (loss, balance) = _update(
+                    self.network, self.optimizer, self.train.balance, self.params, self.opt_state, rows, factor
+                )
+                loss, balance = float(loss), float(balance)
+                self.step += 1
+                self.seconds = time.monotonic() - start
+                if not np.isfinite(loss):
+                    raise InputError(f"the loss is {loss} at step {self.step}: lower the learning rates")
+                record = StepRecord(
+                    self.step, progress, loss, balance, self.seconds, self.train.batch * self.train.context
+                )
+                self.records.append(record)
+                if on_step is not None:
+                    on_step(record)
+                if self._manager is not None and time.monotonic() - last_save > checkpoint_minutes * 60:
+                    self.save()
+                    last_save = time.monotonic()
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        self.save()
+
+    def save(self) -> None:
+        """Checkpoint the parameters, the optimiser's state, the step (so the place in the data) and the log."""
+        if self._manager is None or self.step in self._manager.all_steps():
+            return
+        meta = {"seconds": self.seconds, "records": [asdict(r) for r in self.records]}
+        arrays = {"params": self.params, "optimizer": _leaves(self.opt_state)}
+        self._manager.save(
+            self.step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), log=ocp.args.JsonSave(meta))
+        )
+        self._manager.wait_until_finished()
+
+    def resume(self) -> bool:
+        """Go on from the latest checkpoint; False when there is none."""
+        latest = None if self._manager is None else self._manager.latest_step()
+        if latest is None:
+            return False
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            {"params": self.params, "optimizer": _leaves(self.opt_state)},
+        )
+        try:
+            saved = self._manager.restore(
+                latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), log=ocp.args.JsonRestore())
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {latest} in {self.folder} does not fit this recipe ({error}): "
+                "resume with the recipe that wrote it, or choose another folder"
+            ) from error
+        self.params = saved["state"]["params"]
+        leaves = saved["state"]["optimizer"]
+        self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), [leaves[k] for k in sorted(leaves)])
+        self.step, self.seconds = latest, saved["log"]["seconds"]
+        self.records = [StepRecord(**record) for record in saved["log"]["records"]]
+        return True
+
+    def close(self) -> None:
+        """Release the checkpoint folder."""
+        if self._manager is not None:
+            self._manager.close()
+
+
+def _leaves(tree) -> Params:
+    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _update(network: Network, optimizer, balance: float, params, opt_state, rows, factor):
+    gradients, report = jax.grad(network.loss, has_aux=True)(params, rows, balance)
+    params, opt_state = scaled_update(optimizer, gradients, opt_state, params, factor)
+    return params, opt_state, report
+
+
+def write_log(records: Sequence[StepRecord], path: Path) -> None:
+    """One JSON object a line."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
+    beside.replace(path)
+
+
+def plot_loss(records: Sequence[StepRecord], path: Path) -> bool:
+    """A PNG of the loss over tokens; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    losses = np.array([r.loss for r in records])
+    tokens = np.cumsum([r.tokens for r in records])
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tokens / 1e6, losses, alpha=0.3, linewidth=0.8)
+    axes.plot(tokens[width - 1 :] / 1e6, smooth)
+    axes.set(xlabel="million tokens", ylabel="nats per token")
+    figure.savefig(path, dpi=120)
+    return True
