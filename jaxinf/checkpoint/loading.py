@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxinf.checkpoint import own
+from jaxinf.checkpoint.config import Config
+from jaxinf.checkpoint.families import FAMILIES
 from jaxinf.checkpoint.folders import CONFIG, GENERATION, read_json
-from jaxinf.checkpoint.parameters import Source, abstract, fill
+from jaxinf.checkpoint.names import Bound
+from jaxinf.checkpoint.parameters import abstract, fill
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
-from jaxinf.models import CausalLM
+from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
-from pallas_kernels.errors import CheckpointError, InputError
+from pallas_kernels.errors import CheckpointError, InputError, UnsupportedError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -56,11 +59,51 @@ def load(folder: str | Path, *, dtype=None, layout: Layout | None = None) -> Loa
     config = read_config(folder)
     path = folder / GENERATION
     generation = read_json(path) if path.is_file() else {}
-    spec = own.spec_of(config, folder / CONFIG)
-    tensors = open_tensors(folder)
+    tensors, spec, names = _open(folder, config)
     dtype = dtype or stored_dtype(config, tensors)
-    model = fill(abstract(spec, dtype, layout), tensors, lambda name: Source((name,)), at=str(folder))
+    model = fill(abstract(spec, dtype, layout), tensors, names.source, ignorable=names.ignorable, at=str(folder))
     return Loaded(model, config, generation, folder)
+
+
+def read_spec(folder: str | Path) -> ModelSpec:
+    """The architecture that a checkpoint's `config.json` describes; weights need not be there.
+
+    Raises:
+      CheckpointError, UnsupportedError: as `load`.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    return _spec(config, folder / CONFIG)
+
+
+def _open(folder: Path, config: dict[str, Any]) -> tuple[Tensors, ModelSpec, own.OwnNames | Bound]:
+    spec = _spec(config, folder / CONFIG)
+    tensors = open_tensors(folder)
+    if config["model_type"] == own.MODEL_TYPE:
+        return tensors, spec, own.OwnNames()
+    return tensors, spec, FAMILIES[config["model_type"]].names(spec).bind(spec, tensors)
+
+
+def _spec(config: dict[str, Any], at: Path) -> ModelSpec:
+    kind = config.get("model_type")
+    if kind == own.MODEL_TYPE:
+        return own.spec_of(config, at)
+    if kind not in FAMILIES:
+        known = ", ".join(sorted([*FAMILIES, own.MODEL_TYPE]))
+        raise UnsupportedError(f"{at}: model_type={kind!r} is not supported; supported are {known}")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedError(
+            f"{at}: quantization_config says that the weights are stored as {method!r}; "
+            "take the bfloat16 form of the checkpoint"
+        )
+    reader = Config(config, str(at))
+    try:
+        spec = FAMILIES[kind].read(reader)
+    except InputError as e:
+        raise CheckpointError(f"{at} describes no model that can be built: {e}") from e
+    reader.finish()
+    return spec
 
 
 def read_config(folder: Path) -> dict[str, Any]:

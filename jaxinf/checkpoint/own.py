@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxinf.checkpoint.folders import CONFIG, GENERATION, write_json, written_beside
-from jaxinf.checkpoint.parameters import pending
+from jaxinf.checkpoint.parameters import Source, pending
 from jaxinf.checkpoint.tensors import SHARD_BYTES, write
 from jaxinf.core import from_record, to_record
 from jaxinf.models import CausalLM, ModelSpec
@@ -77,6 +77,16 @@ def config_of(model: CausalLM) -> dict[str, Any]:
         "dtype": str(jnp.dtype(model.dtype)),
         "spec": to_record(model.spec),
     }
+
+
+class OwnNames:
+    """Every parameter lies under its own name, and nothing else does."""
+
+    def source(self, name: str) -> Source:
+        return Source((name,))
+
+    def ignorable(self, name: str) -> bool:
+        return False
 
 
 def spec_of(config: dict[str, Any], at: Path) -> ModelSpec:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -194,7 +195,8 @@ def write(
 def _write_file(path: Path, tensors: Sequence[Pending]) -> Iterator[int]:
     # Odd sizes last: what stands before them stays aligned.
     tensors = sorted(tensors, key=lambda t: (t.nbytes % _ALIGN != 0, -t.dtype.itemsize))
-    header, at = {"__metadata__": {"format": "jaxinf"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "jaxinf"}}
+    at = 0
     for t in tensors:
         if t.dtype not in _CODES:
             raise CheckpointError(
