@@ -14,7 +14,7 @@ from jaxinf.layers.ffn import FFNSpec
 from jaxinf.layers.moe import MoESpec
 from jaxinf.layers.norm import NormSpec, RMSNormSpec
 
-Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms"]
+Placement = Literal["pre", "renormed", "post", "sandwich", "parallel", "parallel_two_norms"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LayerSpec:
     """One layer. With A attention, F feed-forward and n norms of their own, `placement` is
 
       pre:      x += A(n(x)); x += F(n(x))                    Llama
+      renormed: h = n(x); x = h + A(h); h = n(x); x = h + F(h)  (an option of BLOOM)
       post:     x += n(A(x)); x += n(F(x))                    OLMo 2
       sandwich: x += n(A(n(x))); x += n(F(n(x)))              Gemma 2
       parallel: h = n(x); x += A(h) + F(h)                    Cohere
@@ -48,8 +49,8 @@ class Block(nnx.Module):
                 return None
             return spec.norm.build(d_model, dtype=dtype, axes=("embed",))
 
-        self.attention_norm = norm("pre", "sandwich", "parallel", "parallel_two_norms")
-        self.ffn_norm = norm("pre", "sandwich", "parallel_two_norms")
+        self.attention_norm = norm("pre", "renormed", "sandwich", "parallel", "parallel_two_norms")
+        self.ffn_norm = norm("pre", "renormed", "sandwich", "parallel_two_norms")
         self.attention_post_norm = norm("post", "sandwich")
         self.ffn_post_norm = norm("post", "sandwich")
 
@@ -68,7 +69,8 @@ class Block(nnx.Module):
             h = h if self.ffn_norm is None else self.ffn_norm(x)
             fed, loss = self.ffn(h, cached=cached)
             return add(x, attended + fed), cache, loss
-        x = add(x, attended if self.attention_post_norm is None else self.attention_post_norm(attended))
+        renormed = self.spec.placement == "renormed"
+        x = add(h if renormed else x, attended if self.attention_post_norm is None else self.attention_post_norm(attended))
         h = x if self.ffn_norm is None else self.ffn_norm(x)
         fed, loss = self.ffn(h, cached=cached)
-        return add(x, fed if self.ffn_post_norm is None else self.ffn_post_norm(fed)), cache, loss
+        return add(h if renormed else x, fed if self.ffn_post_norm is None else self.ffn_post_norm(fed)), cache, loss

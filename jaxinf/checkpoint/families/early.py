@@ -78,12 +78,13 @@ def bloom(cfg: Config) -> ModelSpec:
         n, n, _head_dim(cfg, "hidden_size", width, n), alibi=AlibiSpec(), qkv_bias=True, out_bias=True
     )
     norm = LayerNormSpec(cfg.float("layer_norm_epsilon", default=1e-5))
-    cfg.only("apply_residual_connection_post_layernorm", False)
+    renormed = cfg.bool("apply_residual_connection_post_layernorm", default=False)
     cfg.only("n_inner", 4 * width)
     # How the training code sliced and fused its work.
     cfg.ignore("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi")
     cfg.ignore("skip_bias_add", "skip_bias_add_qkv", "slow_but_exact")
-    layer = LayerSpec(attention, FFNSpec(4 * width, Plain("gelu_tanh"), bias=True), norm)
+    ffn = FFNSpec(4 * width, Plain("gelu_tanh"), bias=True)
+    layer = LayerSpec(attention, ffn, norm, "renormed" if renormed else "pre")
     layers = each(layer, [attention] * cfg.int("n_layer", "num_hidden_layers"))
     length = cfg.int("seq_length", default=2048)
     return decoder(cfg, layers, tied=True, final_norm=norm, embed_norm=norm, context_length=length)
