@@ -14,6 +14,7 @@ from jaxinf.checkpoint.config import Config
 from jaxinf.checkpoint.families import FAMILIES
 from jaxinf.checkpoint.folders import CONFIG, GENERATION, read_json
 from jaxinf.checkpoint.names import Bound
+from jaxinf.checkpoint.orbax import open_orbax
 from jaxinf.checkpoint.parameters import abstract, fill
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
 from jaxinf.models import CausalLM, ModelSpec
@@ -52,14 +53,14 @@ def load(folder: str | Path, *, dtype=None, layout: Layout | None = None) -> Loa
     """
     folder = Path(folder)
     if dtype is not None:
-        dtype = _dtype(dtype, f"dtype={dtype!r}")
+        dtype = as_dtype(dtype, f"dtype={dtype!r}")
     layout = layout or ("list" if jax.default_backend() == "cpu" else "stacked")
     if layout not in ("list", "stacked"):
         raise InputError(f'layout={layout!r} must be "list" or "stacked"')
     config = read_config(folder)
     path = folder / GENERATION
     generation = read_json(path) if path.is_file() else {}
-    tensors, spec, names = _open(folder, config)
+    tensors, spec, names = open_checkpoint(folder, config)
     dtype = dtype or stored_dtype(config, tensors)
     model = fill(abstract(spec, dtype, layout), tensors, names.source, ignorable=names.ignorable, at=str(folder))
     return Loaded(model, config, generation, folder)
@@ -76,11 +77,15 @@ def read_spec(folder: str | Path) -> ModelSpec:
     return _spec(config, folder / CONFIG)
 
 
-def _open(folder: Path, config: dict[str, Any]) -> tuple[Tensors, ModelSpec, own.OwnNames | Bound]:
+def open_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Tensors, ModelSpec, own.OwnNames | Bound]:
+    """The stored tensors, the architecture, and which tensor is which parameter."""
     spec = _spec(config, folder / CONFIG)
-    tensors = open_tensors(folder)
     if config["model_type"] == own.MODEL_TYPE:
-        return tensors, spec, own.OwnNames()
+        weights = config.get("weights", "safetensors")
+        if weights not in ("safetensors", "orbax"):
+            raise CheckpointError(f'{folder / CONFIG}: weights={weights!r} must be "safetensors" or "orbax"')
+        return open_orbax(folder) if weights == "orbax" else open_tensors(folder), spec, own.OwnNames()
+    tensors = open_tensors(folder)
     return tensors, spec, FAMILIES[config["model_type"]].names(spec).bind(spec, tensors)
 
 
@@ -118,7 +123,11 @@ def stored_dtype(config: dict[str, Any], tensors: Tensors) -> jnp.dtype:
     """The dtype that the config names, else that of most of the stored bytes."""
     name = config.get("dtype") or config.get("torch_dtype")
     if name is not None:
-        return _dtype(str(name).removeprefix("torch."), f"{CONFIG}: dtype={name!r}")
+        name = str(name).removeprefix("torch.")
+        if name not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise CheckpointError(f"{CONFIG} names dtype={name!r}, where {known} are known; give dtype=")
+        return jnp.dtype(name)
     sizes: dict[str, int] = {}
     for info in tensors.values():
         sizes[str(info.dtype)] = sizes.get(str(info.dtype), 0) + info.nbytes
@@ -126,7 +135,8 @@ def stored_dtype(config: dict[str, Any], tensors: Tensors) -> jnp.dtype:
     return jnp.dtype(most if most in DTYPES else "float32")
 
 
-def _dtype(given: Any, at: str) -> jnp.dtype:
+def as_dtype(given: Any, at: str) -> jnp.dtype:
+    """A dtype that models come in, or an error that starts with `at`."""
     try:
         dtype = jnp.dtype(given)
     except TypeError:

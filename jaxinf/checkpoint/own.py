@@ -52,16 +52,16 @@ def save(
     """
     folder = Path(folder)
     with written_beside(folder, overwrite=overwrite) as scratch:
-        describe(scratch, model, tokenizer_files, generation)
+        describe(scratch, config_of(model.spec, model.dtype), tokenizer_files, generation)
         write(scratch, pending(model), shard_bytes=shard_bytes, progress=progress)
     return folder
 
 
 def describe(
-    folder: Path, model: CausalLM, tokenizer_files: Iterable[str | Path], generation: dict[str, Any] | None
+    folder: Path, config: dict[str, Any], tokenizer_files: Iterable[str | Path], generation: dict[str, Any] | None
 ) -> None:
     """Writes everything but the weights."""
-    write_json(folder / CONFIG, config_of(model))
+    write_json(folder / CONFIG, config)
     if generation:
         write_json(folder / GENERATION, generation)
     for file in map(Path, tokenizer_files):
@@ -70,12 +70,14 @@ def describe(
         shutil.copyfile(file, folder / file.name)
 
 
-def config_of(model: CausalLM) -> dict[str, Any]:
+def config_of(spec: ModelSpec, dtype, **more: str) -> dict[str, Any]:
+    """The `config.json` of a model."""
     return {
         "model_type": MODEL_TYPE,
         "version": VERSION,
-        "dtype": str(jnp.dtype(model.dtype)),
-        "spec": to_record(model.spec),
+        "dtype": str(jnp.dtype(dtype)),
+        **more,
+        "spec": to_record(spec),
     }
 
 

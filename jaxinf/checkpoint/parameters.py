@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,23 @@ def fill(
     ignorable: Callable[[str], bool] = lambda name: False,
     at: str,
 ) -> CausalLM:
-    """The abstract `model` with values from `tensors`, one leaf at a time.
+    """The abstract `model` with values from `tensors`, one leaf at a time. See `planned`."""
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    for leaf, host in planned(model, tensors, source, ignorable=ignorable, at=at):
+        flat[leaf.path] = flat[leaf.path].replace(jax.block_until_ready(jax.device_put(host())))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def planned(
+    model: CausalLM,
+    tensors: Tensors,
+    source: Callable[[str], Source],
+    *,
+    ignorable: Callable[[str], bool],
+    at: str,
+) -> list[tuple[Slot, Callable[[], np.ndarray]]]:
+    """The leaves of the abstract `model`, each with what reads its values to the host.
 
     Args:
       source: from a parameter's name to where its values lie.
@@ -113,15 +130,10 @@ def fill(
     leaves = slots(model)
     sources = {name: source(name) for leaf in leaves for name in leaf.names}
     _check_shapes(leaves, sources, tensors, ignorable, at)
-    graph, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    for leaf in leaves:
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found and named
-            host = _gather(leaf, sources, tensors)
-        flat[leaf.path] = flat[leaf.path].replace(jax.block_until_ready(jax.device_put(host)))
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return [(leaf, functools.partial(_gather, leaf, sources, tensors)) for leaf in leaves]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is found and named
 def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors) -> np.ndarray:
     """The values of a leaf on the host: a view of the file where that will do, else one new array."""
     dtype = np.dtype(leaf.value.dtype)
@@ -206,7 +218,7 @@ def _check_shapes(
                     wrong.append(why)
     problems = [
         f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("not understood", extra), ("of another shape", wrong))
+        for what, names in (("missing", missing), ("not understood", extra), ("of another shape or kind", wrong))
         if names
     ]
     if problems:
@@ -215,7 +227,9 @@ def _check_shapes(
 
 def _mismatch(tensors: Tensors, stored: str, source: Source, want: tuple[int, ...]) -> str | None:
     want = want[1:] if source.several else want
-    shape = tensors[stored].shape
+    shape, dtype = tensors[stored].shape, tensors[stored].dtype
+    if dtype.itemsize == 1 or not jnp.issubdtype(dtype, jnp.floating):
+        return f"{stored} in {dtype}, which is no form of plain weights"
     try:
         got = source.view(np.broadcast_to(np.int8(0), shape)).shape
     except (ValueError, IndexError):

@@ -42,6 +42,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """What is known of a tensor before it is read."""
+
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -54,11 +56,10 @@ class TensorInfo:
 
 
 class Tensors(Mapping[str, TensorInfo]):
-    """The tensors of a checkpoint folder, by name. `read` maps one: its bytes are paged in when touched."""
+    """The tensors of a checkpoint, by name; `read` brings in the values of one."""
 
     def __init__(self, infos: Mapping[str, TensorInfo]):
         self._infos = dict(infos)
-        self._maps: dict[Path, np.memmap] = {}
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -68,6 +69,17 @@ class Tensors(Mapping[str, TensorInfo]):
 
     def __len__(self) -> int:
         return len(self._infos)
+
+    def read(self, name: str) -> np.ndarray:
+        raise NotImplementedError
+
+
+class MappedTensors(Tensors):
+    """Tensors of safetensors files, mapped: their bytes are paged in when touched."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo]):
+        super().__init__(infos)
+        self._maps: dict[Path, np.memmap] = {}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of its file."""
@@ -86,9 +98,9 @@ def open_tensors(folder: Path) -> Tensors:
       CheckpointError: neither is there, a file is truncated or corrupt, or the index names what is not there.
     """
     if (folder / SINGLE).is_file():
-        return Tensors(_header(folder / SINGLE))
+        return MappedTensors(_header(folder / SINGLE))
     if (folder / INDEX).is_file():
-        return Tensors(_indexed(folder))
+        return MappedTensors(_indexed(folder))
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         raise CheckpointError(

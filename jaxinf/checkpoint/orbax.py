@@ -1,0 +1,93 @@
+"""Weights as orbax keeps them, for those whose other tools do; the spec stands beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinf.checkpoint.folders import written_beside
+from jaxinf.checkpoint.own import config_of, describe
+from jaxinf.checkpoint.parameters import slots
+from jaxinf.checkpoint.tensors import TensorInfo, Tensors
+from jaxinf.models import CausalLM
+from pallas_kernels.errors import CheckpointError
+
+WEIGHTS = "weights"
+"""The folder that orbax writes, inside the checkpoint's."""
+
+
+def save_orbax(
+    folder: str | Path,
+    model: CausalLM,
+    *,
+    tokenizer_files: Iterable[str | Path] = (),
+    generation: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """As `save`, with the weights in `weights/` as orbax writes them: one entry a parameter, by name."""
+    folder = Path(folder)
+    values = {}
+    for slot in slots(model):
+        # Views on the host where the whole array is here, so that stacked layers are not copied out.
+        value = np.asarray(slot.value) if slot.stacked and slot.value.is_fully_addressable else slot.value
+        values.update({n: value[i] if slot.stacked else value for i, n in enumerate(slot.names)})
+    with written_beside(folder, overwrite=overwrite) as scratch:
+        describe(scratch, config_of(model.spec, model.dtype, weights="orbax"), tokenizer_files, generation)
+        write_orbax(scratch, values)
+    return folder
+
+
+def write_orbax(folder: Path, values: dict[str, jax.Array | np.ndarray]) -> None:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute() / WEIGHTS, values)
+    except OSError:
+        raise
+    except Exception as e:
+        raise CheckpointError(f"orbax cannot write to {folder}: {e}; nothing was left behind") from e
+
+
+class OrbaxTensors(Tensors):
+    """Tensors that orbax wrote, read one by one."""
+
+    def __init__(self, path: Path, infos: dict[str, TensorInfo]):
+        super().__init__(infos)
+        self._path = path
+
+    def read(self, name: str) -> np.ndarray:
+        import orbax.checkpoint as ocp
+
+        item = {name: jax.ShapeDtypeStruct(self[name].shape, self[name].dtype)}
+        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                restore = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+                return checkpointer.restore(self._path, args=restore)[name]
+        except Exception as e:
+            raise CheckpointError(f"orbax cannot read {name} of {self._path}: {e}") from e
+
+
+def open_orbax(folder: Path) -> OrbaxTensors:
+    """The tensors of a folder that `save_orbax` wrote.
+
+    Raises:
+      CheckpointError: orbax cannot read it.
+    """
+    import orbax.checkpoint as ocp
+
+    path = folder.absolute() / WEIGHTS
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.metadata(path).item_metadata
+        infos = {
+            name: TensorInfo(path, np.dtype(array.dtype), tuple(array.shape), 0) for name, array in found.items()
+        }
+    except Exception as e:
+        raise CheckpointError(f"{path} holds no weights that orbax can read: {e}") from e
+    return OrbaxTensors(path, infos)
