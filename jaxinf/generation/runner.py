@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +97,13 @@ class Runner:
         for start, size in parts:
             counts = np.clip(lengths - start, 0, size)
             tokens = padded[:, start : start + size]
-            logits, cache = self._append(
-                self.weights, tokens, counts, cache, logits, fresh=fresh and start == 0
-            )
+            logits, cache = self._append(self.weights, tokens, counts, cache, logits, fresh=fresh and start == 0)
         return logits, cache
 
     def begin(
         self,
         prompts: Sequence[Sequence[int]],
+        cache: Cache,
         *,
         limits: Sequence[int],
         params: Sequence[SamplingParams],
@@ -114,27 +112,20 @@ class Runner:
         logprobs: int | None = None,
         processors: Sequence[Processor] = (),
         samples: int = 1,
-        cache: Cache | None = None,
         cached: Sequence[Sequence[int]] | None = None,
-        window: int | None = None,
-        sinks: int = 0,
     ) -> Batch:
         """Prefills prompts and draws each row's first token.
 
         Args:
           prompts: token ids of each prompt, at least one; already checked.
+          cache: with a row a prompt and room for all; donated.
           limits, params, seeds: one a row, where prompt i has the rows `i * samples` to `(i + 1) * samples - 1`.
           eos: ids that end a row.
           logprobs: None, or how many alternatives a token to keep, 0 and more.
           samples: rows a prompt; it is prefilled once.
-          cache, cached: a cache to go on from, which is donated, and the tokens that are in it.
-          window, sinks: for a new cache.
+          cached: the tokens that are in the cache; None: it is empty.
         """
-        fresh = cache is None
-        if cache is None:
-            needed = max(len(p) for p in prompts) + max(limits) - 1
-            cache = self.new_cache(len(prompts), needed, limit=self.spec.context, window=window, sinks=sinks)
-        logits, cache = self.prefill(prompts, cache, fresh=fresh)
+        logits, cache = self.prefill(prompts, cache, fresh=cached is None)
         if samples > 1:
             logits, cache = _repeat_rows(logits, cache, samples)
         rows = [p for p in prompts for _ in range(samples)]
@@ -164,7 +155,7 @@ class Runner:
 
 
 class Batch:
-    """Rows being generated. `written`: what the latest call wrote, on the host (a `loop.Written` of numpy arrays)."""
+    """Rows being generated. `written`: what the latest call wrote, as numpy arrays."""
 
     def __init__(self, runner: Runner, state: loop.State, written: loop.Written, eos, controls, fixed: dict):
         self._runner, self._eos, self._controls, self._fixed = runner, eos, controls, fixed
@@ -181,7 +172,14 @@ class Batch:
             halt = np.zeros(self.finished.shape, bool)
         state, self.state = self.state, None  # donated: lost if a KeyboardInterrupt falls in here
         state, written = self._runner._decode(
-            self._runner.weights, state, np.int32(steps), halt, self._eos, self._controls, width=WIDTH, **self._fixed
+            self._runner.weights,
+            state,
+            np.int32(steps),
+            halt,
+            self._eos,
+            self._controls,
+            width=WIDTH,
+            **self._fixed,
         )
         self.written = jax.device_get(written)
         self.state = state

@@ -1,0 +1,107 @@
+"""Conversations: the checkpoint's chat template, and the cache kept from one turn to the next."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from jaxinf.cache import Cache
+from pallas_kernels.errors import InputError
+
+Message = Mapping[str, Any]
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training; here it only passes."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A jinja2 chat template in a sandbox, with the functions that Hugging Face templates count on."""
+
+    def __init__(self, source: str, special: Mapping[str, str]):
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template is not valid jinja2: {error}") from None
+        self._special = dict(special)
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The text of a conversation, up to where the assistant's next words begin.
+
+        Raises:
+          InputError: messages of the wrong form, or that the template refuses.
+        """
+        values = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special, **variables}
+        try:
+            return self._template.render(messages=check_messages(messages), **values)
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise InputError(f"the chat template refuses these messages: {error}") from None
+
+
+def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise InputError('messages must be a list such as [{"role": "user", "content": "Hello"}], not empty')
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f'messages[{i}]={message!r} must be a dictionary with a "role" and its "content"')
+    return [dict(message) for message in messages]
+
+
+@dataclass
+class Conversation:
+    """The cache of the latest conversation.
+
+    cache: of one row; tokens: what is in it. window, sinks: what it was made with.
+    """
+
+    cache: Cache
+    tokens: list[int]
+    window: int | None
+    sinks: int
+
+    def reusable(self, prompt: Sequence[int], new: int, window: int | None, sinks: int) -> int:
+        """How many tokens of the cache a pass over `prompt` and `new` more can build on, 0: none.
+
+        The cache may be cut back to where both agree, unless a window has forgotten what lies before; one
+        token at least is left for the pass.
+        """
+        if (self.window, self.sinks) != (window, sinks):
+            return 0
+        same = 0
+        for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        limit, capacity = self.cache.append_limit, self.cache.capacity
+        if limit is not None and len(self.tokens) - same > limit:
+            return 0
+        if capacity is not None and len(prompt) + new - 1 > capacity:
+            return 0
+        return same
+
+
+def _raise(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,399 @@
+"""The user's object: a model, its tokenizer, and what can be done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinf import checkpoint
+from jaxinf.cache import Cache
+from jaxinf.generation import Processor, Runner
+from jaxinf.layers import ExpertChoice, MoESpec
+from jaxinf.lm import compilation_cache, scoring
+from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages
+from jaxinf.lm.completion import Completion, Score
+from jaxinf.lm.job import Job, Stream
+from jaxinf.lm.locate import locate
+from jaxinf.lm.request import Facts, Options, Request, make_request, token_lists, window_of
+from jaxinf.lm.tokenizer import Tokenizer
+from jaxinf.models import CausalLM, ModelSpec
+from jaxinf.models.causal_lm import Layout
+from pallas_kernels.errors import InputError
+
+_TAKE_BACK = 32
+"""Tokens of a conversation's end that its cache can take back where windows forget."""
+
+
+class LM:
+    """A language model that writes, chats and scores.
+
+    Args:
+      model: the decoder. Its weights are taken over, not copied.
+      tokenizer: None: prompts are token ids and completions have no text.
+      generation: the contents of a generation_config.json: "eos_token_id", "do_sample", "temperature", ...
+      context: tokens that a prompt and its answer may have together; None: what the model was made for.
+      window, sinks: bound the memory of every generation to the latest `window` tokens and the first `sinks`
+        (StreamingLLM, Xiao et al. 2024); see `generate`.
+
+    Raises:
+      InputError: numbers out of range.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer | None = None,
+        generation: Mapping[str, Any] | None = None,
+        *,
+        context: int | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+    ):
+        compilation_cache.enable()
+        self.tokenizer = tokenizer
+        self._runner = Runner(model)
+        spec, generation = model.spec, dict(generation or {})
+        eos = generation.get("eos_token_id")
+        if eos is None and tokenizer is not None:
+            eos = tokenizer.eos_id
+        ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        facts = Facts(spec, _context(spec, context), tokenizer, generation, ends)
+        window, sinks = window_of(facts, window, sinks)
+        self._facts = Facts(spec, facts.context, tokenizer, generation, ends, window, sinks)
+        self._conversation: Conversation | None = None
+        self._logits = self._runner.bind(lambda model, tokens: model(tokens))
+        self._score = scoring.Scorer(self._runner)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | None = None,
+        layout: Layout | None = None,
+        context: int | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+        revision: str | None = None,
+    ) -> LM:
+        """Loads an embedded model ("stdlib"), a folder, or a model of the Hugging Face Hub ("owner/name").
+
+        Args:
+          dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
+          layout: "list" or "stacked"; None: what suits the device.
+          context, window, sinks: as for the class.
+          revision: branch, tag or commit on the Hub.
+
+        Raises:
+          InputError: an unknown name (the message says which exist) or a number out of range.
+          CheckpointError: the files are missing, corrupt or not understood.
+        """
+        compilation_cache.enable()
+        loaded = checkpoint.load(locate(name, revision), dtype=dtype, layout=layout)
+        generation = dict(loaded.generation)
+        for key in ("eos_token_id", "bos_token_id"):
+            if generation.get(key) is None and loaded.config.get(key) is not None:
+                generation[key] = loaded.config[key]
+        tokenizer = Tokenizer.from_folder(loaded.folder)
+        return cls(loaded.model, tokenizer, generation, context=context, window=window, sinks=sinks)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture."""
+        return self._facts.spec
+
+    @property
+    def model(self) -> CausalLM:
+        """The decoder; it shares its weights with this object."""
+        return self._runner.model
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._facts.context
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self._facts.eos
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """Logits of whole sequences: int `[B, T]` -> float32 `[B, T, V]`.
+
+        Raises:
+          InputError: ids out of range or not integers, or T beyond the context.
+        """
+        rows, single = token_lists(self._facts, tokens)
+        if single or len({len(row) for row in rows}) != 1:
+            raise InputError("tokens must be [B, T]: a list of rows of one length")
+        length = len(rows[0])
+        if length > self.context:
+            raise InputError(f"tokens has {length} columns, but the context is {self.context}")
+        # Padding on the right changes no earlier token, unless experts choose among all of them.
+        padded = length if self._sees_padding else min(-(-length // 64) * 64, max(length, self.context))
+        batch = np.zeros((len(rows), padded), np.int32)
+        batch[:, :length] = rows
+        return self._logits(batch)[:, :length]
+
+    @overload
+    def generate(
+        self, prompts: str | Sequence[int], max_new_tokens: int = 64, *, n: Literal[1] = 1, **options: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int] = 64,
+        *,
+        n: Literal[1] = 1,
+        **options: Any,
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, prompts: Any, max_new_tokens: int | Sequence[int] = 64, *, n: int = 1, **options: Any
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        max_new_tokens: int | Sequence[int] = 64,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] | None = None,
+        n: int = 1,
+        logprobs: bool | int = False,
+        logit_bias: Mapping[int, float] | None = None,
+        processors: Sequence[Processor] = (),
+        eos: int | Sequence[int] | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+    ) -> Any:
+        """Continues prompts. Rows of different lengths give the tokens that they give alone.
+
+        Args:
+          prompts: text, or a flat list of token ids: one prompt; a list of either: several.
+          max_new_tokens: for all, or one a prompt; the context may end an answer earlier.
+          temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`. What is not given comes
+            from generation_config.json (sampling where it says do_sample), else the answer is greedy. A
+            top_k, top_p or min_p without any temperature samples at 1.
+          seed: below 2**32. Token t of a row is drawn with `fold_in(key(seed), t)`, so that it depends on no
+            other row. An int serves every prompt; a list has one a prompt. Sample i of a prompt uses seed + i.
+          stop: text is cut before the first of these strings.
+          n: answers a prompt. With more than one, each prompt gets a list.
+          logprobs: True: log-probabilities of the tokens; a number: of that many alternatives too.
+          logit_bias: token id to what is added to its logit.
+          processors: pure functions `(logits, Context) -> logits`; each new function object compiles anew.
+          eos: ids that end an answer instead of the model's own; (): none.
+          window, sinks: remember the latest `window` tokens and the first `sinks` (default 4) alone, where the
+            model's layers would remember all. Then prompt and answer may be longer than the context.
+
+        Returns:
+          A `Completion` for one prompt, a list of them for several. On Ctrl-C, what was written until then.
+
+        Raises:
+          InputError: an argument out of range, by name, before anything is compiled.
+        """
+        request = make_request(
+            self._facts,
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            n=n,
+            logprobs=logprobs,
+            logit_bias=logit_bias,
+            processors=processors,
+            eos=eos,
+            window=window,
+            sinks=sinks,
+        )
+        job = Job(request, self.tokenizer, lambda: self._begin(request))
+        for _ in job.run():
+            pass
+        done = job.completions()
+        if request.samples > 1:
+            groups = [done[i : i + request.samples] for i in range(0, len(done), request.samples)]
+            return groups[0] if request.single else groups
+        return done[0] if request.single else done
+
+    def stream(self, prompt: Any, max_new_tokens: int = 64, **options: Unpack[Options]) -> Stream:
+        """Continues one prompt; an iterator over pieces of text, of whole characters, as they are certain.
+
+        Args: as for `generate`, with one prompt and one answer. The answer as a whole, with its tokens and why
+        it ended, is the iterator's `completion` once it is through. Ctrl-C ends it.
+        """
+        request = make_request(self._facts, prompt, max_new_tokens, **options)
+        _only_one(request)
+        return Stream(Job(request, self.tokenizer, lambda: self._begin(request), seconds=0.05, steps=1))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 256,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
+    ) -> Completion:
+        """The assistant's next message, by the checkpoint's chat template.
+
+        The cache of the latest conversation is kept: what a new call has in common with it from the start on
+        is not computed again (`stats.cached_tokens`). Where sliding windows have forgotten what would be
+        needed, the conversation is computed anew.
+
+        Args:
+          messages: such as `[{"role": "user", "content": "Hello"}]`, from the conversation's beginning.
+          template_options: further variables of the template, such as enable_thinking.
+          The others are as for `generate`.
+
+        Raises:
+          InputError: no chat template, or messages that it refuses.
+        """
+        tokens = self.chat_tokens(messages, **(template_options or {}))
+        request = make_request(self._facts, tokens, max_new_tokens, **options)
+        _only_one(request)
+        previous, self._conversation = self._conversation, None
+        prompt, window, sinks = request.prompts[0], request.window, request.sinks
+        keep = 0
+        if previous is not None:
+            keep = previous.reusable(prompt, request.limits[0], window, sinks)
+        if previous is not None and keep:
+            cache = previous.cache.roll_back(jnp.full((1,), keep, jnp.int32))
+        else:
+            previous = None  # its memory is free before the new cache takes some
+            room = max(request.tokens, min(2 * request.tokens, self.context))
+            cache = self._cache(1, room, window, sinks, max_append=1 + _TAKE_BACK)
+        job = Job(request, self.tokenizer, lambda: self._begin(request, cache, keep), cached=keep)
+        for _ in job.run():
+            pass
+        if job.batch is not None and job.batch.state is not None:
+            held = prompt + job.emitted[0][:-1]
+            self._conversation = Conversation(job.batch.state.cache, held, window, sinks)
+        return job.completions()[0]
+
+    def chat_tokens(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next words begin."""
+        check_messages(messages)
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise InputError("this model has no chat template; use generate")
+        template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special)
+        return self.tokenizer.encode(template.render(messages, **template_options), add_special_tokens=False)
+
+    def score(
+        self,
+        text: str | Sequence[int],
+        *,
+        stride: int | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+    ) -> Score:
+        """How well the model predicts a text: log-probabilities, perplexity, bits per byte.
+
+        A text longer than the context is read in overlapping pieces of that length, each token scored once,
+        with at least `context - stride` tokens before it (but for the first piece). With a `window` it is read
+        once, from start to end, with the bounded memory that `generate` would have.
+
+        Args:
+          text: text, or its token ids, at least two tokens.
+          stride: tokens from one piece to the next; default: half the context.
+          window, sinks: as for `generate`.
+
+        Raises:
+          InputError: an empty text, ids or numbers out of range.
+        """
+        ids, single = token_lists(self._facts, text)
+        if not single:
+            raise InputError("score takes one text at a time")
+        window, sinks = window_of(self._facts, window, sinks)
+        if window is None:
+            logprobs = self._score.windowed(ids[0], self.context, stride)
+        else:
+            cache = self._cache(1, len(ids[0]), window, sinks)
+            logprobs = self._score.streamed(ids[0], cache)
+        size = len(text.encode()) if isinstance(text, str) else None
+        bos = None if self.tokenizer is None else self.tokenizer.bos_id
+        return scoring.summary(ids[0], logprobs, size, bos, self.spec.vocab)
+
+    def warmup(
+        self,
+        prompt_tokens: int | Sequence[int] = 64,
+        max_new_tokens: int = 64,
+        *,
+        batch: int = 1,
+        **options: Unpack[Options],
+    ) -> None:
+        """Compiles what calls of `generate` with these sizes and options will run.
+
+        Args:
+          prompt_tokens: length of the prompts, or several lengths.
+          batch: prompts a call.
+        """
+        lengths = [prompt_tokens] if isinstance(prompt_tokens, int) else list(prompt_tokens)
+        for length in lengths:
+            if length < 1:
+                raise InputError(f"prompt_tokens={length} must be at least 1")
+            request = make_request(self._facts, [[0] * length] * batch, max_new_tokens, **{"eos": (), **options})
+            running = self._begin(request)
+            if max(request.limits) > 1:
+                running.advance(1)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return f"LM({spec.depth} layers of {spec.d_model}, vocabulary {spec.vocab}, context {self.context})"
+
+    def _begin(self, request: Request, cache: Cache | None = None, cached: int = 0):
+        prompts = request.prompts
+        if cache is None:
+            cache = self._cache(len(prompts), request.tokens, request.window, request.sinks)
+        return self._runner.begin(
+            [p[cached:] for p in prompts],
+            cache,
+            limits=request.limits,
+            params=request.params,
+            seeds=request.seeds,
+            eos=request.eos,
+            logprobs=request.logprobs,
+            processors=request.processors,
+            samples=request.samples,
+            cached=[p[:cached] for p in prompts] if cached else None,
+        )
+
+    def _cache(self, batch: int, tokens: int, window: int | None, sinks: int, max_append: int = 1) -> Cache:
+        return self._runner.new_cache(
+            batch, tokens, limit=self.context, window=window, sinks=sinks, max_append=max_append
+        )
+
+    @property
+    def _sees_padding(self) -> bool:
+        return any(
+            isinstance(x.ffn, MoESpec) and isinstance(x.ffn.router, ExpertChoice) for x in self.spec.layers()
+        )
+
+
+def _context(spec: ModelSpec, context: int | None) -> int:
+    if context is None:
+        return spec.context
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        raise InputError(f"context={context!r} must be a whole number of at least 1")
+    if spec.learned_positions is not None and context > spec.learned_positions:
+        raise InputError(f"context={context}, but this model has learned {spec.learned_positions} positions")
+    return context
+
+
+def _only_one(request: Request) -> None:
+    if not request.single or request.samples > 1:
+        raise InputError("stream and chat give one answer to one prompt; use generate for several")
