@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels.cache_append.reference import reference
 from pallas_kernels.cache_append.xla import xla
 from pallas_kernels.errors import InputError
+from pallas_kernels.stored import STORED
 from pallas_kernels.validate import (
-    FLOATS,
-    QUANTIZED,
     check_dtype,
     check_implementation,
     check_range,
@@ -48,7 +47,7 @@ def cache_append(
     Raises:
       InputError: shapes, dtypes or values that do not fit, the argument named.
     """
-    check_dtype("cache", cache, (*FLOATS, *QUANTIZED))
+    check_dtype("cache", cache, STORED)
     stacked, layer = stacked_layer("cache", cache, layer)
     batch, groups, _, dim = cache.shape[-4:]
     check_shape("new", new, (batch, groups, None, dim), "B, K, T, D")

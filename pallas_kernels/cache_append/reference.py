@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.stored import encode
+
 
 def reference(
     cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array, counts: jax.Array, *, ring: bool
@@ -22,5 +24,5 @@ def reference(
         target = jnp.mod(target, slots)
     target = jnp.where(write & (target >= 0), target, slots)
     rows = jnp.arange(batch)[:, None]
-    values = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+    values = jnp.swapaxes(encode(new, cache.dtype), 1, 2)
     return cache.at[layer, rows, :, target].set(values, mode="drop")

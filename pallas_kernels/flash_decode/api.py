@@ -10,9 +10,9 @@ from pallas_kernels.flash_decode.blocks import Blocks
 from pallas_kernels.flash_decode.reference import reference
 from pallas_kernels.flash_decode.xla import xla
 from pallas_kernels.masks import Rules
+from pallas_kernels.stored import STORED
 from pallas_kernels.validate import (
     FLOATS,
-    QUANTIZED,
     ancestors,
     check_dtype,
     check_heads,
@@ -124,7 +124,7 @@ def flash_decode(
     check_dtype("q", q, FLOATS)
     check_shape("q", q, (None, None, None, None), "B, N, T, D")
     batch, heads, tokens, dim = q.shape
-    check_dtype("k", k, (*FLOATS, *QUANTIZED))
+    check_dtype("k", k, STORED)
     stacked, layer = stacked_layer("k", k, layer)
     lead = k.shape[:1] if stacked else ()
     letters = "L, " if stacked else ""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.masks import Rules, ring_positions
+from pallas_kernels.stored import decode
 
 
 def reference(
@@ -36,10 +37,11 @@ def reference(
     assert k is not None
     assert v is not None
     assert rules.lengths is not None
+    k, v = decode(k), decode(v)
     if k_scale is not None:
-        k = k.astype(jnp.float32) * k_scale[..., None]
+        k *= k_scale[..., None]
     if v_scale is not None:
-        v = v.astype(jnp.float32) * v_scale[..., None]
+        v *= v_scale[..., None]
     slots = k.shape[2]
     positions = ring_positions(rules.lengths, slots, jnp.arange(slots)) if ring else None
     out, lse = dense_attention(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_decode.blocks import Blocks, default_blocks
 from pallas_kernels.masks import Rules, distances, ring_positions, visible
+from pallas_kernels.stored import read_slice
 
 
 def xla(
@@ -48,7 +49,7 @@ def xla(
         if slots % size:
             positions = jnp.where(s >= j * size, positions, -1)
         k_block, v_block = (_block(x, layer, start, size) for x in (k, v))
-        x = _dot("bkrd,bksd->bkrs", rows, k_block.astype(jnp.float32))
+        x = _dot("bkrd,bksd->bkrs", rows, k_block)
         if k_scale is not None:
             x *= _block(k_scale, layer, start, size)[:, :, None]
         if softcap is not None:
@@ -70,7 +71,7 @@ def xla(
         weights = weights.reshape(batch, groups, share * tokens, size)
         if v_scale is not None:
             weights *= jnp.where(used, _block(v_scale, layer, start, size), 0)[:, :, None]
-        v_block = jnp.where(used[..., None], v_block.astype(jnp.float32), 0)
+        v_block = jnp.where(used[..., None], v_block, 0)
         part = _dot("bkrs,bksd->bkrd", weights, v_block)
         acc = acc * fade.reshape(batch, groups, share * tokens, 1) + part
         return new_peak, total, acc
@@ -99,10 +100,10 @@ def xla(
 
 
 def _block(x: jax.Array, layer: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Slots start..start+size-1 of x[layer], cut from the stack in one read."""
+    """Slots start..start+size-1 of x[layer] in float32, cut from the stack in one read."""
     zero = jnp.zeros((), jnp.int32)
     starts = (layer, zero, zero, start, *[zero] * (x.ndim - 4))
-    return jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:3], size, *x.shape[4:]))[0]
+    return read_slice(x, starts, (1, *x.shape[1:3], size, *x.shape[4:]))[0]
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
