@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -208,14 +209,14 @@ def generate(
         seen = jnp.zeros((batch, model.spec.vocab), bool)
         seen = seen.at[jnp.arange(batch)[:, None], places].set(True, mode="drop")
     last = jnp.take_along_axis(tokens, counts[:, None] - 1, axis=1)[:, 0]
-    options = dict(eos=eos, controls=controls, logprobs=logprobs, processors=processors)
+    options: Any = dict(eos=eos, controls=controls, logprobs=logprobs, processors=processors)
     state, one = first(logits, cache, last=last, limits=limits, seeds=seeds, seen=seen, **options)
     if max_new_tokens == 1:
         return state, one
     rest = max_new_tokens - 1
     state, more = decode(model, state, steps=jnp.int32(rest), width=rest, **options)
 
-    def join(a, b):
+    def join(a, b) -> Any:
         return None if a is None else jnp.concatenate([a, b], axis=1)
 
     return state, Written(

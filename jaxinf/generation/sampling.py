@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        def check(name: str, rule: str, holds: Callable[[float], bool]) -> None:
+        def check(name: str, rule: str, holds: Callable[[Any], bool]) -> None:
             value = getattr(self, name)
             if value is None:
                 return
@@ -85,14 +86,15 @@ class Controls:
     def of(cls, params: Sequence[SamplingParams]) -> Controls:
         """The controls of rows that each have their own parameters."""
 
-        def column(name: str, neutral, dtype, *, sampled: bool = True):
+        def column(name: str, neutral, dtype, *, sampled: bool = True) -> Any:
             values = [None if sampled and p.greedy else getattr(p, name) for p in params]
             if all(v is None or v == neutral for v in values):
                 return None
             return np.asarray([neutral if v is None else v for v in values], dtype)
 
         width = max(len(p.logit_bias) for p in params)
-        ids = bias = None
+        ids: Any = None
+        bias: Any = None
         if width:
             width = 1 << (width - 1).bit_length()
             ids = np.full((len(params), width), _NO_TOKEN, np.int32)

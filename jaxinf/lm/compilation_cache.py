@@ -24,7 +24,7 @@ def folder() -> Path | None:
 
 def enable() -> None:
     """Turns the cache on, unless switched off, set up by the program already, or its folder cannot be made."""
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if jax.config.read("jax_compilation_cache_dir") or not jax.config.read("jax_enable_compilation_cache"):
         return
     where = folder()
     if where is None:

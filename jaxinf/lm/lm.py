@@ -142,7 +142,12 @@ class LM:
 
     @overload
     def generate(
-        self, prompts: str | Sequence[int], max_new_tokens: int = 64, *, n: Literal[1] = 1, **options: Any
+        self,
+        prompts: str | Sequence[int],
+        max_new_tokens: int = 64,
+        *,
+        n: Literal[1] = 1,
+        **options: Unpack[Options],
     ) -> Completion: ...
     @overload
     def generate(
@@ -151,11 +156,11 @@ class LM:
         max_new_tokens: int | Sequence[int] = 64,
         *,
         n: Literal[1] = 1,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> list[Completion]: ...
     @overload
     def generate(
-        self, prompts: Any, max_new_tokens: int | Sequence[int] = 64, *, n: int = 1, **options: Any
+        self, prompts: Any, max_new_tokens: int | Sequence[int] = 64, *, n: int = 1, **options: Unpack[Options]
     ) -> Any: ...
 
     def generate(
@@ -291,7 +296,7 @@ class LM:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise InputError("this model has no chat template; use generate")
         template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special)
-        return self.tokenizer.encode(template.render(messages, **template_options), add_special_tokens=False)
+        return self.tokenizer.encode_chat(template.render(messages, **template_options))
 
     def score(
         self,
@@ -395,5 +400,5 @@ def _context(spec: ModelSpec, context: int | None) -> int:
 
 
 def _only_one(request: Request) -> None:
-    if not request.single or request.samples > 1:
+    if not request.single:
         raise InputError("stream and chat give one answer to one prompt; use generate for several")

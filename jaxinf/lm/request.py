@@ -18,7 +18,7 @@ _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments that `generate`, `stream`, `chat` and `warmup` share; see `LM.generate`."""
+    """Keyword arguments of `generate`, `stream`, `chat` and `warmup`; see `LM.generate`."""
 
     temperature: float | None
     top_k: int | None
@@ -27,7 +27,6 @@ class Options(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int | Sequence[int]
     stop: str | Sequence[str] | None
-    n: int
     logprobs: bool | int
     logit_bias: Mapping[int, float] | None
     processors: Sequence[Processor]
@@ -170,9 +169,7 @@ def token_lists(facts: Facts, prompts: Any, *, add_special_tokens: bool = True) 
         raise InputError("the prompt is empty; give some text or at least one token")
     if all(isinstance(p, str) for p in prompts):
         return [_encode(facts, p, f"prompt {i}", add_special_tokens) for i, p in enumerate(prompts)], False
-    if all(
-        (isinstance(p, Sequence) and not isinstance(p, str)) or (hasattr(p, "ndim") and p.ndim) for p in prompts
-    ):
+    if not any(isinstance(p, str) for p in prompts) and all(np.ndim(p) for p in prompts):
         return [_ids(facts, p, f"prompt {i}") for i, p in enumerate(prompts)], False
     return [_ids(facts, prompts, "the prompt")], True
 
@@ -194,7 +191,7 @@ def sampling_params(
 
     A top_k, top_p or min_p without a temperature samples at temperature 1.
     """
-    values = {name: value for name, value in explicit.items() if value is not None}
+    values: dict[str, Any] = {name: value for name, value in explicit.items() if value is not None}
     if "repetition_penalty" not in values and generation.get("repetition_penalty") is not None:
         values["repetition_penalty"] = generation["repetition_penalty"]
     if generation.get("do_sample"):

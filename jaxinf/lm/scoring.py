@@ -64,6 +64,7 @@ class Scorer:
             inputs, targets = (np.pad(z[:, start : start + count], pad) for z in (x, y))
             counts = np.asarray([count], np.int32)
             scores, cache = self._cached(inputs, targets, counts, cache=cache, fresh=start == 0)
+            assert cache is not None
             found.append(np.asarray(scores)[0, :count])
         return np.concatenate(found)
 

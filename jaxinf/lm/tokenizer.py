@@ -44,8 +44,11 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. Special tokens written out in `text` are recognised; those that begin or end every text
-        by the tokenizer's own rules are added if asked for."""
+        """Token ids, with the tokens that the tokenizer's own rules put before or behind a text if asked for."""
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered chat template, in which special tokens are written out."""
+        return self.encode(text, add_special_tokens=False)
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -118,9 +121,6 @@ class PieceTokenizer(Tokenizer):
         settings = settings or _settings(Path(path).parent)
         self._added: dict[str, int] = settings["added"]
         self._added_text = {number: text for text, number in self._added.items()}
-        # Longest first, so that of two tokens with a common beginning the longer is found.
-        parts = sorted(self._added, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, parts)) + ")") if parts else None
         # The special ones among the added tokens, which decoding may leave out.
         self._hidden = settings["added_special"] | {
             number for text in settings["special"].values() if (number := self._added.get(text)) is not None
@@ -133,35 +133,51 @@ class PieceTokenizer(Tokenizer):
             self.eos_id = self._pieces.eos_id()
 
     def encode(self, text, add_special_tokens=True):
-        ids: list[int] = []
-        for part in [_checked(text)] if self._split is None else self._split.split(text):
-            if part in self._added:
-                ids.append(self._added[part])
-            elif part:
-                ids += self._pieces.encode(part)
+        ids = self._encode(_checked(text), self._added)
         if add_special_tokens and self._add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if add_special_tokens and self._add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
 
+    def encode_chat(self, text):
+        named = {name: number for name in self.special.values() if (number := self.token_to_id(name)) is not None}
+        return self._encode(_checked(text), self._added | named)
+
+    def _encode(self, text: str, whole: dict[str, int]) -> list[int]:
+        """Ids of `text`, in which the tokens `whole` stand for themselves."""
+        if not whole:
+            return self._pieces.encode(text)
+        # Longest first, so that of two tokens with a common beginning the longer is found.
+        pattern = "(" + "|".join(map(re.escape, sorted(whole, key=len, reverse=True))) + ")"
+        ids: list[int] = []
+        for part in re.split(pattern, text):
+            if part in whole:
+                ids.append(whole[part])
+            elif part:
+                ids += self._pieces.encode(part)
+        return ids
+
     def decode(self, ids, skip_special_tokens=True):
-        text, run = [], []
-        for number in [*ids, None]:
-            own = number is not None and number not in self._added_text and number < self._pieces.vocab_size()
-            visible = own and not (self._pieces.is_control(number) and not skip_special_tokens)
-            if visible:
-                run.append(number)
-                continue
+        text: list[str] = []
+        run: list[int] = []
+
+        def end_run() -> None:
             if run:
                 text.append(self._pieces.decode(run))
-                run = []
-            if number is None or (skip_special_tokens and number in self._hidden):
+                run.clear()
+
+        for number in ids:
+            own = number < self._pieces.vocab_size() and number not in self._added_text
+            control = own and self._pieces.is_control(number)
+            if own and not control:
+                run.append(number)
                 continue
-            if own:
-                text.append(self._pieces.id_to_piece(number))
-            else:
-                text.append(self._added_text.get(number, ""))
+            if skip_special_tokens and (control or number in self._hidden):
+                continue
+            end_run()
+            text.append(self._pieces.id_to_piece(number) if own else self._added_text.get(number, ""))
+        end_run()
         return "".join(text)
 
     @property

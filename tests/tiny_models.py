@@ -1,0 +1,31 @@
+"""Tiny random models for the tests of generation and LM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from jaxinf.layers import AttentionSpec, FFNSpec, LayerSpec, RopeSpec
+from jaxinf.models import CausalLM, ModelSpec, Segment
+
+TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
+
+
+def spec(*, vocab: int = 64, window: int | None = None, repeats: int = 1, context: int = 512, **attention) -> ModelSpec:
+    """Two layers a repeat; with a window, the first of them slides."""
+
+    def layer(window):
+        rope = attention.get("rope", RopeSpec(8))
+        rest = {k: v for k, v in attention.items() if k != "rope"}
+        return LayerSpec(AttentionSpec(4, 2, 8, rope=rope, window=window, **rest), FFNSpec(32))
+
+    return ModelSpec(vocab, 32, (Segment((layer(window), layer(None)), repeats),), context)
+
+
+def model(spec: ModelSpec, *, layout="list", seed: int = 0, gain: float = 4.0) -> CausalLM:
+    """Random weights, drawn wide enough that greedy tokens depend on the whole prompt."""
+    made = CausalLM(spec, rngs=nnx.Rngs(seed), layout=layout)
+    graph, state = nnx.split(made)
+    return nnx.merge(graph, jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, state))
