@@ -31,7 +31,9 @@ class Documents:
         """Encode each text; `end_of_text` is the token that opens every document."""
         texts = list(texts)
         if tokenizer.get_vocab_size() > 2**16:
-            raise InputError(f"a vocabulary of {tokenizer.get_vocab_size()} does not fit uint16: give at most 65536")
+            raise InputError(
+                f"a vocabulary of {tokenizer.get_vocab_size()} does not fit uint16: give at most 65536"
+            )
         rows = [
             np.array([end_of_text, *e.ids], np.uint16)
             for e in tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -78,6 +78,13 @@ class Network:
         self.paths = tuple(_name(path) for path, _ in leaves)
         self.shapes = {path: leaf.shape for path, (_, leaf) in zip(self.paths, leaves, strict=True)}
 
+    def __eq__(self, other) -> bool:
+        # Equal networks share what jit compiled.
+        return isinstance(other, Network) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
     def init(self, seed: int) -> Params:
         """Fresh float32 parameters; those that write to the residual stream shrink by sqrt(2 * depth)
         (GPT-2: Radford et al. 2019)."""
@@ -94,7 +101,9 @@ class Network:
         """The module with these parameters (inside `jit` too)."""
         return nnx.merge(self.graph, jax.tree.unflatten(self._tree, [params[path] for path in self.paths]))
 
-    def loss(self, params: Params, rows: jax.Array, balance: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def loss(
+        self, params: Params, rows: jax.Array, balance: float
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """int32 `[B, T + 1]` -> `(what is minimised, (nats per token, balancing loss))`."""
         logits, uneven = self.model(params).train_logits(rows[:, :-1])
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]))
@@ -129,9 +138,8 @@ class Trainer:
                 f"{train.batch} x {train.context}: make them alike"
             )
         self.network, self.train, self.batches, self.folder = Network(spec), train, batches, folder
-        self.optimizer = make_optimizer(train.optimizer, self.network.shapes)
         self.params = self.network.init(train.seed)
-        self.opt_state = self.optimizer.init(self.params)
+        self.opt_state = make_optimizer(train.optimizer, self.network.shapes).init(self.params)
         self.step, self.seconds, self.records = 0, 0.0, list[StepRecord]()
         self._manager = None
         if folder is not None:
@@ -164,7 +172,13 @@ class Trainer:
                 rows = pieces(self.batches[self.step], self.train.length(progress))
                 factor = jnp.float32(rate_factor(self.train.optimizer, progress))
                 self.params, self.opt_state, (loss, balance) = _update(
-                    self.network, self.optimizer, self.train.balance, self.params, self.opt_state, rows, factor
+                    self.network,
+                    self.train.optimizer,
+                    self.train.balance,
+                    self.params,
+                    self.opt_state,
+                    rows,
+                    factor,
                 )
                 loss, balance = float(loss), float(balance)
                 self.step += 1
@@ -232,9 +246,10 @@ def _leaves(tree) -> Params:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _update(network: Network, optimizer, balance: float, params, opt_state, rows, factor):
+def _update(network: Network, optimizer: OptimizerSpec, balance: float, params, opt_state, rows, factor):
     gradients, report = jax.grad(network.loss, has_aux=True)(params, rows, balance)
-    params, opt_state = scaled_update(optimizer, gradients, opt_state, params, factor)
+    transform = make_optimizer(optimizer, network.shapes)
+    params, opt_state = scaled_update(transform, gradients, opt_state, params, factor)
     return params, opt_state, report
 
 

@@ -58,7 +58,9 @@ RECIPES = {
         Recipe(
             "stdlib-draft",
             _draft(),
-            TrainSpec(batch=8, context=CONTEXT, steps=957, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.006)),
+            TrainSpec(
+                batch=8, context=CONTEXT, steps=957, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.006)
+            ),
         ),
     )
 }

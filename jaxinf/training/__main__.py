@@ -1,0 +1,98 @@
+"""`python -m jaxinf.training`: train and score the embedded models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pallas_kernels.errors import JaxinfError
+
+EXAMPLES = """examples:
+  python -m jaxinf.training stdlib                  train the target for its recipe's steps
+  python -m jaxinf.training stdlib --minutes 90     end after 90 minutes at most, the rate falling to 0 by then
+  python -m jaxinf.training stdlib --resume         go on where it was stopped
+  python -m jaxinf.training evaluate --json         bits per byte of the embedded models and of xz
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m jaxinf.training",
+        description="Train and score the embedded models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = top.add_subparsers(dest="verb", required=True)
+    for name in ("stdlib", "stdlib-draft"):
+        train = verbs.add_parser(name, help=f"train {name}")
+        train.add_argument("--steps", type=int, help="updates in all (default: the recipe's)")
+        train.add_argument("--minutes", type=float, help="end after this long at most; not bit-reproducible")
+        train.add_argument("--out", type=Path, default=Path("runs") / name, help="checkpoints, log, plot, export")
+        train.add_argument("--data", type=Path, default=Path("runs/corpus"), help="tokenizer and encoded corpus")
+        train.add_argument("--source", type=Path, help="Lib folder of Python 3.11.7 (default: this interpreter's)")
+        train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
+    score = verbs.add_parser("evaluate", help="bits per byte over the held-out text, of models and of xz")
+    score.add_argument("models", nargs="*", default=["stdlib", "stdlib-draft"], help="names or folders")
+    score.add_argument("--stride", type=int, help="tokens by which windows move (default: half the context)")
+    score.add_argument("--context", type=int, help="tokens of a window (default: the model's)")
+    score.add_argument("--held-out", type=Path, help="held-out text (default: the one of the tests)")
+    score.add_argument("--source", type=Path, help="Lib folder of Python 3.11.7, where the tests are not there")
+    score.add_argument("--json", action="store_true", help="one JSON object a line")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = parser().parse_args(arguments)
+    # Imported late: `--help` need not wait for jax.
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from jaxinf.training import run
+
+    console = Console(stderr=True)
+    try:
+        if options.verb == "evaluate":
+            files = run.held_out_text(options.held_out, options.source)
+            for model in options.models:
+                with Progress(console=console, transient=True) as bar:
+                    task = bar.add_task(f"scoring {model}", total=None)
+
+                    def show(done: int, total: int, bar=bar, task=task) -> None:
+                        bar.update(task, completed=done, total=total)
+
+                    record = run.evaluate(
+                        model, files, context=options.context, stride=options.stride, progress=show
+                    )
+                if options.json:
+                    print(run.as_json(record))
+                else:
+                    print(
+                        f"{model}: {record['bits_per_byte']:.4f} bits per byte; xz -9e: "
+                        f"{record['xz_bits_per_byte']:.4f}; {record['below_xz']:.1%} below xz, over "
+                        f"{record['bytes']} bytes of {record['files']} held-out files"
+                    )
+        else:
+            run.train(
+                options.verb,
+                out=options.out,
+                data=options.data,
+                steps=options.steps,
+                minutes=options.minutes,
+                resume=options.resume,
+                source=options.source,
+                console=console,
+            )
+    except JaxinfError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped; --resume goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
