@@ -119,7 +119,7 @@ def _with_defaults(text: Config) -> Config:
 def _sandwiched(cfg: Config) -> tuple[AttentionSpec, LayerSpec]:
     bias = cfg.bool("attention_bias", default=False)
     cfg.only("use_bidirectional_attention", False)
-    cfg.ignore("hidden_act")  # `hidden_activation` counts
+    cfg.ignore("hidden_act", "sliding_window_size")  # `hidden_activation` and `sliding_window` count
     scale = cfg.float("query_pre_attn_scalar", default=256.0) ** -0.5
     attention = replace(heads(cfg, head_dim=256), scale=scale, qkv_bias=bias, out_bias=bias)
     function = cfg.choose(NONLINEARITIES, "hidden_activation", default="gelu_pytorch_tanh")
