@@ -1,0 +1,142 @@
+"""`jaxinf generate`: text from a model, as it is written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from jaxinf.cli import output
+from jaxinf.cli.options import add_dtype, add_json
+
+if TYPE_CHECKING:
+    from jaxinf.lm import LM, Completion
+
+EPILOG = """\
+examples:
+  jaxinf generate 'def quicksort(items):'
+  jaxinf generate 'import ' --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
+  git diff | jaxinf generate - --model ./my-model --chat --json
+
+Text goes to stdout, counts and times to stderr. The first run of a size compiles; later ones find the programs
+in a cache folder (JAXINF_COMPILATION_CACHE=0 turns that off, a path moves it).
+"""
+
+SAMPLING = {
+    "temperature": (float, "T", "divides the logits; 0 takes the likeliest token"),
+    "top-k": (int, "K", "draw from the K likeliest tokens"),
+    "top-p": (float, "P", "draw from the likeliest tokens that have probability P together"),
+    "min-p": (float, "P", "draw from tokens at least P times as likely as the likeliest"),
+    "repetition-penalty": (float, "R", "makes tokens that are there already less likely; 1 does nothing"),
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    parser.add_argument(
+        "--model",
+        default="stdlib",
+        metavar="NAME",
+        help="embedded model, folder, or owner/name on the Hugging Face Hub (default: stdlib)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    for name, (kind, metavar, text) in SAMPLING.items():
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{text} (default: the checkpoint's)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
+    parser.add_argument("--stop", action="append", metavar="S", help="end before this string (repeatable)")
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="answers; more than one appear when done")
+    parser.add_argument("--window", type=int, metavar="W", help="bound the memory: remember the latest W tokens")
+    parser.add_argument("--sinks", type=int, metavar="S", help="and the first S (default with --window: 4)")
+    parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
+    parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    add_dtype(parser, "the checkpoint's")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from jaxinf.lm import LM
+    from pallas_kernels.errors import InputError
+
+    prompt = _stdin() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise InputError("the prompt is empty; give some text, or - to read it from stdin")
+    lm = LM.from_pretrained(args.model, dtype=args.dtype)
+    given: Any = lm.chat_tokens([{"role": "user", "content": prompt}]) if args.chat else prompt
+    options = {name: getattr(args, name.replace("-", "_")) for name in ("seed", "stop", "window", "sinks")}
+    options |= {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in SAMPLING}
+    if args.n == 1 and not args.json:
+        answers = [_stream(lm, given, args, prompt, options)]
+    else:
+        many = lm.generate(given, args.max_new_tokens, n=args.n, **options)
+        answers = [many] if args.n == 1 else many
+        if args.json:
+            output.print_json(_document(args, prompt, answers))
+        else:
+            _print_all(answers, prompt if args.echo else "")
+    if not args.json:
+        output.note(_summary(answers))
+    return 130 if any(answer.finish_reason == "interrupted" for answer in answers) else 0
+
+
+def _stream(lm: LM, given: Any, args: argparse.Namespace, prompt: str, options: dict[str, Any]) -> Completion:
+    stream = lm.stream(given, args.max_new_tokens, **options)
+    last = ""
+    if args.echo:
+        print(prompt, end="", flush=True)
+        last = prompt
+    for last in stream:
+        print(last, end="", flush=True)
+    if not last.endswith("\n"):
+        print(flush=True)
+    assert stream.completion is not None
+    return stream.completion
+
+
+def _print_all(answers: list[Completion], before: str) -> None:
+    for i, answer in enumerate(answers, 1):
+        print(f"--- {i} of {len(answers)}")
+        text = before + answer.text
+        print(text, end="" if text.endswith("\n") else "\n")
+
+
+def _summary(answers: list[Completion]) -> str:
+    stats = [answer.stats for answer in answers]
+    tokens = sum(s.new_tokens for s in stats)
+    if tokens == 0:
+        return f"no tokens ({answers[0].finish_reason})"
+    parts = [f"{tokens} tokens", f"first after {output.seconds(stats[0].first_token_seconds)}"]
+    # Rows run side by side: what they wrote after their first tokens, over the time of the longest.
+    rest = max(s.seconds - s.first_token_seconds for s in stats)
+    if tokens > len(answers) and rest > 0:
+        parts.append(f"{(tokens - len(answers)) / rest:.1f} tokens/s")
+    return f"{', '.join(parts)} ({', '.join(dict.fromkeys(a.finish_reason for a in answers))})"
+
+
+def _document(args: argparse.Namespace, prompt: str, answers: list[Completion]) -> dict[str, Any]:
+    return {
+        "model": args.model,
+        "prompt": prompt,
+        "completions": [
+            {
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.stats.prompt_tokens,
+                "new_tokens": answer.stats.new_tokens,
+                "first_token_seconds": answer.stats.first_token_seconds,
+                "seconds": answer.stats.seconds,
+                "tokens_per_second": answer.stats.tokens_per_second,
+            }
+            for answer in answers
+        ],
+    }
+
+
+def _stdin() -> str:
+    from pallas_kernels.errors import InputError
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
