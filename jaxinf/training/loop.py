@@ -203,10 +203,14 @@ class Trainer:
         """Checkpoint the parameters, the optimiser's state, the step (so the place in the data) and the log."""
         if self._manager is None or self.step in self._manager.all_steps():
             return
-        meta = {"seconds": self.seconds, "records": [asdict(r) for r in self.records]}
+        log = {
+            "seconds": self.seconds,
+            "records": [asdict(r) for r in self.records],
+            "shapes": _shapes(self.params),
+        }
         arrays = {"params": self.params, "optimizer": _leaves(self.opt_state)}
         self._manager.save(
-            self.step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), log=ocp.args.JsonSave(meta))
+            self.step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), log=ocp.args.JsonSave(log))
         )
         self._manager.wait_until_finished()
 
@@ -215,30 +219,32 @@ class Trainer:
         latest = None if self._manager is None else self._manager.latest_step()
         if latest is None:
             return False
+        log = self._manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore()))["log"]
+        if log["shapes"] != _shapes(self.params):
+            raise CheckpointError(
+                f"the checkpoint of step {latest} in {self.folder} does not fit this recipe: "
+                "resume with the recipe that wrote it, or choose another folder"
+            )
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             {"params": self.params, "optimizer": _leaves(self.opt_state)},
         )
-        try:
-            saved = self._manager.restore(
-                latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), log=ocp.args.JsonRestore())
-            )
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"the checkpoint of step {latest} in {self.folder} does not fit this recipe ({error}): "
-                "resume with the recipe that wrote it, or choose another folder"
-            ) from error
+        saved = self._manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         self.params = saved["state"]["params"]
         leaves = saved["state"]["optimizer"]
         self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), [leaves[k] for k in sorted(leaves)])
-        self.step, self.seconds = latest, saved["log"]["seconds"]
-        self.records = [StepRecord(**record) for record in saved["log"]["records"]]
+        self.step, self.seconds = latest, log["seconds"]
+        self.records = [StepRecord(**record) for record in log["records"]]
         return True
 
     def close(self) -> None:
         """Release the checkpoint folder."""
         if self._manager is not None:
             self._manager.close()
+
+
+def _shapes(params: Params) -> dict[str, list[int]]:
+    return {path: list(x.shape) for path, x in params.items()}
 
 
 def _leaves(tree) -> Params:
