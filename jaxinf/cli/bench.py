@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jaxinf.cli import output
+from jaxinf.cli.device import open_device
 from jaxinf.cli.options import add_dtype, add_json, count, counts
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxinf.lm.measure import Device, measure, random_model
 
     found = architecture(args.model)
+    open_device()
     if found.folder is not None:
         runner = Runner(load(found.folder, dtype=args.dtype).model)
     else:

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from jaxinf.cli.device import DeviceError
+
 OK, FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
 VERBS = {
@@ -29,7 +31,7 @@ examples:
   jaxinf info stdlib
   jaxinf bench stdlib --batch 1,8
 
-exit codes: 0 done, 1 the run failed (disk, memory), 2 bad arguments or a bad checkpoint,
+exit codes: 0 done, 1 the run failed (disk, memory, device), 2 bad arguments or a bad checkpoint,
 130 interrupted, 141 the reader of the output went away
 """
 
@@ -119,6 +121,8 @@ def _known(error: Exception) -> tuple[int, str] | None:
         cause = error.__cause__
         refused = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
         return FAILED if isinstance(error, CheckpointError) and refused else BAD_INPUT, str(error)
+    if isinstance(error, DeviceError):
+        return FAILED, str(error)
     if isinstance(error, MemoryError):
         return FAILED, "out of memory; take a smaller model, batch or dtype"
     if "RESOURCE_EXHAUSTED" in str(error):  # what XLA raises

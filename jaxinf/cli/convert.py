@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from jaxinf.cli import output
+from jaxinf.cli.device import open_device
 from jaxinf.cli.options import add_dtype, add_json
 
 EPILOG = """\
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.overwrite and target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target} is there already; give another name, or --overwrite to replace a checkpoint")
     source = locate(args.source)
+    open_device()
     with output.progress("writing") as progress:
         convert(source, target, to=args.to, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
     files = sorted(path for path in target.rglob("*") if path.is_file())

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jaxinf.cli import output
+from jaxinf.cli.device import open_device
 from jaxinf.cli.options import add_dtype, add_json
 
 if TYPE_CHECKING:
@@ -55,13 +56,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from jaxinf.lm import LM
+    from jaxinf.lm import LM, locate
     from pallas_kernels.errors import InputError
 
     prompt = _stdin() if args.prompt == "-" else args.prompt
     if not prompt:
         raise InputError("the prompt is empty; give some text, or - to read it from stdin")
-    lm = LM.from_pretrained(args.model, dtype=args.dtype)
+    folder = locate(args.model)
+    open_device()
+    lm = LM.from_pretrained(folder, dtype=args.dtype)
     given: Any = lm.chat_tokens([{"role": "user", "content": prompt}]) if args.chat else prompt
     options = {name: getattr(args, name.replace("-", "_")) for name in ("seed", "stop", "window", "sinks")}
     options |= {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in SAMPLING}

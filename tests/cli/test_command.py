@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxinf.cli import command, main
+from jaxinf.cli.device import DeviceError, open_device, silenced_stderr
 from pallas_kernels.errors import CheckpointError, InputError, UnsupportedError
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,7 @@ def refusal(number: int) -> CheckpointError:
         (CheckpointError("x has no config.json"), 2, "jaxinf: x has no config.json\n"),
         (refusal(errno.ENOSPC), 1, "jaxinf: cannot write x\n"),
         (refusal(errno.ENOENT), 2, "jaxinf: cannot write x\n"),
+        (DeviceError("JAX cannot start"), 1, "jaxinf: JAX cannot start\n"),
         (MemoryError(), 1, "jaxinf: out of memory; take a smaller model, batch or dtype\n"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), 1, "jaxinf: the device is out of memory; take a smaller"),
         (KeyboardInterrupt(), 130, "jaxinf: interrupted\n"),
@@ -97,6 +100,40 @@ def _verb_that(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
     module = types.SimpleNamespace(configure=lambda parser: None, run=run)
     monkeypatch.setitem(sys.modules, "jaxinf.cli.info", module)
+
+
+def test_platforms_are_silent_while_a_device_opens(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    import jax
+
+    def devices() -> None:
+        os.write(2, b"WARNING: could not determine the accelerator\n")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.delenv("JAX_LOGGING_LEVEL", raising=False)
+    open_device()
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
+    monkeypatch.setenv("JAX_LOGGING_LEVEL", "DEBUG")
+    open_device()
+    assert "accelerator" in capfd.readouterr().err
+
+
+def test_stderr_is_back_after_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="inside"), silenced_stderr():
+        raise ValueError("inside")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
+
+
+def test_a_device_that_cannot_be_used_is_one_sentence(refused, checkpoint: Path, monkeypatch) -> None:
+    import jax
+
+    def devices() -> None:
+        raise RuntimeError("Unable to initialize backend 'tpu':\nin use by process 7")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    said = refused("generate", "x", "--model", checkpoint, code=1)
+    assert "cannot start on this machine: Unable to initialize backend 'tpu': in use by process 7" in said
 
 
 def test_help_loads_no_library() -> None:
