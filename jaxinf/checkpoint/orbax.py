@@ -50,7 +50,7 @@ def write_orbax(folder: Path, values: dict[str, jax.Array | np.ndarray]) -> None
     except OSError:
         raise
     except Exception as e:
-        raise CheckpointError(f"orbax cannot write to {folder}: {e}; nothing was left behind") from e
+        raise CheckpointError(f"orbax cannot write to {folder}: {_first_line(e)}; nothing was left behind") from e
 
 
 class OrbaxTensors(Tensors):
@@ -70,7 +70,7 @@ class OrbaxTensors(Tensors):
                 restore = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
                 return checkpointer.restore(self._path, args=restore)[name]
         except Exception as e:
-            raise CheckpointError(f"orbax cannot read {name} of {self._path}: {e}") from e
+            raise CheckpointError(f"orbax cannot read {name} of {self._path}: {_first_line(e)}") from e
 
 
 def open_orbax(folder: Path) -> OrbaxTensors:
@@ -84,10 +84,16 @@ def open_orbax(folder: Path) -> OrbaxTensors:
     path = folder.absolute() / WEIGHTS
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.metadata(path).item_metadata
+            found = checkpointer.metadata(path).item_metadata or {}
         infos = {
             name: TensorInfo(path, np.dtype(array.dtype), tuple(array.shape), 0) for name, array in found.items()
         }
     except Exception as e:
-        raise CheckpointError(f"{path} holds no weights that orbax can read: {e}") from e
+        raise CheckpointError(f"{path} holds no weights that orbax can read: {_first_line(e)}") from e
+    if not infos:
+        raise CheckpointError(f"{path} holds no weights that orbax can read; save the checkpoint again")
     return OrbaxTensors(path, infos)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -144,6 +144,12 @@ def qwen() -> list[Case]:
         "decoder_sparse_step": 2,
         "mlp_only_layers": [3],
     }
+    shared = {key: value for key, value in moe.items() if key != "head_dim"} | {
+        "shared_expert_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+    }
     return [
         Case(
             "qwen2",
@@ -201,6 +207,22 @@ def qwen() -> list[Case]:
             published("qwen3_moe", "Qwen3MoeForCausalLM", mixed, rope_theta=1e6),
             {"norm_topk_prob": True},
             note="only the second of four layers is sparse (decoder_sparse_step, mlp_only_layers)",
+        ),
+        Case(
+            "qwen2_moe",
+            "qwen2_moe",
+            shared,
+            published(
+                "qwen2_moe",
+                "Qwen2MoeForCausalLM",
+                shared,
+                rope_theta=1e6,
+                max_window_layers=2,
+                sliding_window=32768,
+                use_sliding_window=False,
+            ),
+            {"norm_topk_prob": True, "num_experts_per_tok": 1},
+            note="a shared expert behind a gate",
         ),
     ]
 

@@ -1,0 +1,106 @@
+"""Loading takes as much memory of its own as the model, not more: files are mapped, not read in."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxinf.checkpoint import convert
+
+D, WIDTH, VOCAB, DEPTH = 512, 2048, 1024, 4
+PARAMETERS = VOCAB * D + DEPTH * (4 * D * D + 3 * D * WIDTH + 2 * D) + D
+
+# Prints by how much the anonymous memory of the process grew at most, sampled while it loads.
+WATCH = """
+import gc, json, sys, threading, time
+from jaxinf.checkpoint import load
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+load(sys.argv[1])  # imports, first allocations, and what tracing keeps
+grown = []
+for folder, options in json.loads(sys.argv[2]):
+    gc.collect()
+    before, most, done = anonymous(), 0, threading.Event()
+    def watch():
+        global most
+        while not done.is_set():
+            most = max(most, anonymous())
+            time.sleep(0.0005)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load(folder, **options)
+    done.set()
+    watcher.join()
+    grown.append(max(most, anonymous()) - before)
+    del model
+print(json.dumps(grown))
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random float16 weights in two shards."""
+    folder = tmp_path_factory.mktemp("llama")
+    random = np.random.default_rng(0)
+
+    def weights(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, np.float32).astype(np.float16)
+
+    shards: list[dict[str, np.ndarray]] = [{"model.embed_tokens.weight": weights(VOCAB, D)}, {}]
+    shards[1]["model.norm.weight"] = weights(D)
+    for i in range(DEPTH):
+        at, shard = f"model.layers.{i}.", shards[i % 2]
+        shard.update({f"{at}self_attn.{n}_proj.weight": weights(D, D) for n in "qkvo"})
+        shard.update({f"{at}mlp.{n}_proj.weight": weights(WIDTH, D) for n in ("gate", "up")})
+        shard[f"{at}mlp.down_proj.weight"] = weights(D, WIDTH)
+        shard[f"{at}input_layernorm.weight"] = weights(D)
+        shard[f"{at}post_attention_layernorm.weight"] = weights(D)
+    places = {}
+    for i, shard in enumerate(shards):
+        save_file(shard, folder / f"part{i}.safetensors")
+        places.update(dict.fromkeys(shard, f"part{i}.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    config = {
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": D,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 8,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_memory_stays_near_the_models_size(published: Path, tmp_path: Path) -> None:
+    ours = convert(published, tmp_path / "ours", dtype="float32")
+    small = Path(__file__).parents[1] / "goldens" / "llama"
+    loads = [
+        (str(published), {"dtype": "float32"}),
+        (str(published), {"dtype": "float32", "layout": "stacked"}),
+        (str(published), {}),
+        (str(ours), {}),
+    ]
+    command = [sys.executable, "-c", WATCH, str(small), json.dumps(loads)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    converted, stacked, transposed, mapped = json.loads(done.stdout)
+    print(done.stdout)
+    size = PARAMETERS * jnp.dtype("float32").itemsize
+    slack = 6e6
+    assert 0.9 * size < converted < 1.1 * size + slack
+    assert 0.9 * size < stacked < 1.1 * size + slack
+    assert 0.45 * size < transposed < 0.55 * size + slack
+    # Our own files lie as the arrays do, so a CPU's arrays are the file's pages.
+    assert mapped < 0.05 * size + slack
