@@ -7,8 +7,9 @@ depth, the number of its ancestors (the node itself is in its own row of the mas
 the two positions are the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,25 @@ def visible(rules: Rules, t: jax.Array, s: jax.Array, positions: jax.Array | Non
     for part in parts[1:]:
         seen = seen & part
     return jnp.broadcast_to(seen, (*seen.shape[:2], t.shape[0], s.shape[0]))
+
+
+def take(rules: Rules, row: Any, rows: int, head: Any, heads: int) -> Rules:
+    """The rules of some rows and query heads."""
+
+    def part(x: jax.Array | None, start: Any, size: int) -> jax.Array | None:
+        if x is None or x.shape[0] == 1 or x.shape[0] == size:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, start, size, 0)
+
+    return replace(
+        rules,
+        q_offset=part(rules.q_offset, row, rows),
+        lengths=part(rules.lengths, row, rows),
+        q_segments=part(rules.q_segments, row, rows),
+        kv_segments=part(rules.kv_segments, row, rows),
+        ancestors=part(rules.ancestors, row, rows),
+        blocks=part(rules.blocks, head, heads),
+    )
 
 
 def cell_sizes(rules: Rules) -> tuple[int, int]:
