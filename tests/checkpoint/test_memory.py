@@ -96,7 +96,6 @@ def test_memory_stays_near_the_models_size(published: Path, tmp_path: Path) -> N
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     converted, stacked, transposed, mapped = json.loads(done.stdout)
-    print(done.stdout)
     size = PARAMETERS * jnp.dtype("float32").itemsize
     slack = 6e6
     assert 0.9 * size < converted < 1.1 * size + slack
