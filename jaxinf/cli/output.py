@@ -85,7 +85,7 @@ def _lines(label: str, unit: str) -> Progress:
         tenth = 10 if not total else done * 10 // total
         if tenth > said:
             said = tenth
-            whole = size(total) if unit == "bytes" else f"{total} {unit}"
-            note(f"{label}: {tenth * 10} % of {whole}")
+            amount = f"{tenth * 10} % of {size(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
+            note(f"{label}: {amount}")
 
     return report

@@ -21,7 +21,7 @@ def test_a_table_for_people(run, checkpoint: Path) -> None:
     head, _, one, two = out.split("\n\n")[1].splitlines()
     assert head.split()[:2] == ["batch", "prefill"]
     assert (one.split()[0], two.split()[0]) == ("1", "2")
-    assert "batch 2: 100 % of 2 runs" in err
+    assert "batch 2: 2 of 2 runs" in err
 
 
 def test_random_weights_from_a_config(run_json, checkpoint: Path, tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_progress_in_a_file_is_a_line_a_tenth(capsys: pytest.CaptureFixture[str]
     assert lines == [f"writing: {tenth * 10} % of 2.00 KiB" for tenth in range(1, 11)]
 
 
+def test_progress_counts_what_is_not_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress("measuring", "runs") as report:
+        report(1, 2)
+        report(2, 2)
+    assert capsys.readouterr().err == "measuring: 1 of 2 runs\nmeasuring: 2 of 2 runs\n"
+
+
 def test_progress_on_a_terminal_is_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
