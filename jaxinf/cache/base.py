@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class AttentionRule:
         return x if self.rotate is None else self.rotate(x, positions)
 
     @property
-    def mask(self) -> dict:
+    def mask(self) -> dict[str, Any]:
         """The keywords that the attention ops take."""
         return dict(
             window=self.window,

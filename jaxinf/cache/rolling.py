@@ -49,17 +49,16 @@ class RollingCache(LayerCache):
         out, cache, _ = self._attend(q, k, v, step, rule, layer)
         return out, cache
 
-    def _attend(self, q, k, v, step: Step, rule: AttentionRule, layer, return_lse: bool = False):
-        """`step` on rotated `q, k`: `(out, cache, lse or None)`."""
-        mask = rule.mask | dict(window=min(self.window, rule.window or self.window))
-        mask["return_lse"] = return_lse
+    def _attend(self, q, k, v, step: Step, rule: AttentionRule, layer) -> tuple[jax.Array, RollingCache, jax.Array]:
+        """`step` on rotated `q, k`: `(out, the cache after, log-sum-exp float32 [B, N, T])`."""
+        mask = rule.mask | {"window": min(self.window, rule.window or self.window), "return_lse": True}
         tokens, slots = q.shape[2], self.k.shape[-2]
         if tokens <= min(DECODE_TOKENS, slots - self.window + 1) and not (step.fresh and tokens > 1):
             cache = self._append(k, v, step, layer)
-            out = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, ring=True, **mask)
+            out, lse = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, ring=True, **mask)
         elif step.fresh:
             cache = self._append(k, v, step, layer)
-            out = flash_attention(q, k, v, lengths=step.counts, **mask)
+            out, lse = flash_attention(q, k, v, lengths=step.counts, **mask)
         else:
             # Read before writing: a long chunk overwrites the window that its first queries look at.
             old = self.window - 1
@@ -67,7 +66,7 @@ class RollingCache(LayerCache):
             both = [jnp.concatenate([o, n.astype(o.dtype)], axis=2) for o, n in zip(kept, (k, v), strict=True)]
             # Key column c holds position starts - old + c; those before the row's first token are no tokens.
             absent = jnp.arange(old + tokens)[None] < (old - step.starts)[:, None]
-            out = flash_attention(
+            out, lse = flash_attention(
                 q,
                 *both,
                 q_offset=old,
@@ -76,25 +75,15 @@ class RollingCache(LayerCache):
                 kv_segment_ids=absent.astype(jnp.int32),
                 **mask,
             )
-            written = dataclasses.replace(step, counts=after(step.totals - step.starts, jax.tree.leaves(out)[0]))
+            written = dataclasses.replace(step, counts=after(step.totals - step.starts, out))
             cache = self._append(k, v, written, layer)
-        out, lse = out if return_lse else (out, None)
         return out, cache, lse
 
     def _append(self, k, v, step: Step, layer) -> RollingCache:
-        tokens, slots = k.shape[2], self.k.shape[-2]
-        starts, counts = step.starts, step.counts
-        if tokens > slots:
-            # Only the last `slots` real tokens of each row survive; shift them to the front.
-            counts = jnp.full_like(starts, tokens) if counts is None else counts
-            skip = jnp.maximum(counts - slots, 0)
-            index = jnp.minimum(skip[:, None] + jnp.arange(slots), tokens - 1)[:, None, :, None]
-            k, v = (jnp.take_along_axis(x, index, axis=2) for x in (k, v))
-            starts, counts = starts + skip, counts - skip
         return dataclasses.replace(
             self,
-            k=cache_append(self.k, k, layer, starts, counts=counts, ring=True),
-            v=cache_append(self.v, v, layer, starts, counts=counts, ring=True),
+            k=cache_append(self.k, k, layer, step.starts, counts=step.counts, ring=True),
+            v=cache_append(self.v, v, layer, step.starts, counts=step.counts, ring=True),
         )
 
     def _latest(self, stored: jax.Array, starts: jax.Array, count: int, layer) -> jax.Array:
@@ -165,7 +154,6 @@ class SinkCache(LayerCache):
             step,
             rule,
             layer,
-            return_lse=True,
         )
         sink_k = cache_append(self.sink_k, k, layer, step.starts, counts=step.counts)
         sink_v = cache_append(self.sink_v, v, layer, step.starts, counts=step.counts)
@@ -173,15 +161,21 @@ class SinkCache(LayerCache):
         # Sink j is out of the window of a query at t when j <= t - window: causal, with an offset.
         place = jnp.minimum(step.positions, window + sinks - 1)
         order = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (q.shape[0], sinks))
-        sink_rule = dict(scale=rule.scale, softcap=rule.softcap, return_lse=True)
         far, far_lse = flash_attention(
             rule.turn(q, place),
             rule.turn(one_layer(sink_k, layer), order).astype(q.dtype),
             one_layer(sink_v, layer).astype(q.dtype),
             q_offset=step.starts - window,
             lengths=jnp.minimum(step.totals, sinks),
-            **sink_rule,
+            scale=rule.scale,
+            softcap=rule.softcap,
+            alibi_slopes=rule.alibi_slopes,
+            return_lse=True,
         )
+        if rule.alibi_slopes is not None:
+            # Biases by distance came out as if the query stood `window` before its position, not at its place.
+            moved = (step.positions - window - place).astype(jnp.float32)
+            far_lse = far_lse + rule.alibi_slopes[None, :, None] * moved[:, None, :]
         merged, _ = merge_partials([(out, lse), (far, far_lse)])
         return merged, SinkCache(rolling, sink_k, sink_v)
 

@@ -104,8 +104,8 @@ def _read_dataclass(cls: Any, record: Any, at: str) -> Any:
     return cls(**{k: _read(hints[k], v, f"{at}.{k}") for k, v in given.items()})
 
 
-def _concrete(hint: Any) -> list[type]:
+def _concrete(hint: Any) -> list[Any]:
     """`hint` and its subclasses, where it is a dataclass."""
-    if not dataclasses.is_dataclass(hint):
+    if not isinstance(hint, type) or not dataclasses.is_dataclass(hint):
         return []
     return [hint, *(d for c in hint.__subclasses__() for d in _concrete(c))]

@@ -108,8 +108,9 @@ class Attention(nnx.Module):
         q = self._heads(self.query(x), spec.heads, self.query_norm)
         k = self._heads(self.key(x), spec.kv_heads, self.key_norm)
         v = self._heads(self.value(x), spec.kv_heads, None)
+        rope = spec.rope
         rule = AttentionRule(
-            rotate=None if spec.rope is None else (lambda x, at: spec.rope.rotate(x, at, step.totals)),
+            rotate=None if rope is None else lambda x, at: rope.rotate(x, at, step.totals),
             window=spec.window,
             scale=spec.scale,
             softcap=spec.softcap,
@@ -136,11 +137,12 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array, heads: int, norm: nnx.Module | None) -> jax.Array:
         """`[B, T, heads * D]` -> `[B, heads, T, D]`, clipped and normalised."""
         spec = self.spec
-        if norm is not None and spec.qk_norm.over == "width":
+        over = spec.qk_norm.over if spec.qk_norm is not None else None
+        if norm is not None and over == "width":
             x = norm(x)
         if spec.clip is not None:
             x = jnp.clip(x, -spec.clip, spec.clip)
         x = x.reshape(*x.shape[:2], heads, spec.head_dim)
-        if norm is not None and spec.qk_norm.over != "width":
+        if norm is not None and over != "width":
             x = norm(x)
         return x.swapaxes(1, 2)

@@ -70,7 +70,14 @@ class Block(nnx.Module):
             fed, loss = self.ffn(h, cached=cached)
             return add(x, attended + fed), cache, loss
         renormed = self.spec.placement == "renormed"
-        x = add(h if renormed else x, attended if self.attention_post_norm is None else self.attention_post_norm(attended))
+        x = add(
+            h if renormed else x,
+            attended if self.attention_post_norm is None else self.attention_post_norm(attended),
+        )
         h = x if self.ffn_norm is None else self.ffn_norm(x)
         fed, loss = self.ffn(h, cached=cached)
-        return add(h if renormed else x, fed if self.ffn_post_norm is None else self.ffn_post_norm(fed)), cache, loss
+        return (
+            add(h if renormed else x, fed if self.ffn_post_norm is None else self.ffn_post_norm(fed)),
+            cache,
+            loss,
+        )

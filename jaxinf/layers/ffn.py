@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Plain(ActivationSpec):
     def gated(self) -> bool:
         return False
 
-    def __call__(self, up, gate=None):
+    def __call__(self, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         return _FUNCTIONS[self.function](up)
 
 
@@ -60,7 +60,8 @@ class Gated(ActivationSpec):
     def gated(self) -> bool:
         return True
 
-    def __call__(self, up, gate):
+    def __call__(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+        assert gate is not None
         return _FUNCTIONS[self.function](gate) * up
 
 
@@ -76,7 +77,8 @@ class ClampedGated(ActivationSpec):
     def gated(self) -> bool:
         return True
 
-    def __call__(self, up, gate):
+    def __call__(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+        assert gate is not None
         gate = jnp.minimum(gate, self.limit)
         up = jnp.clip(up, -self.limit, self.limit)
         return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1.0)
@@ -97,7 +99,7 @@ class FFNSpec:
 class FFN(nnx.Module):
     def __init__(self, spec: FFNSpec, d_model: int, *, rngs: nnx.Rngs, dtype):
         self.spec = spec
-        make = dict(bias=spec.bias, rngs=rngs, dtype=dtype)
+        make: dict[str, Any] = dict(bias=spec.bias, rngs=rngs, dtype=dtype)
         self.up = Linear(d_model, spec.width, axes=("embed", "ffn"), **make)
         self.gate = Linear(d_model, spec.width, axes=("embed", "ffn"), **make) if spec.activation.gated else None
         self.down = Linear(spec.width, d_model, axes=("ffn", "embed"), **make)

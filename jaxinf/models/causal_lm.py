@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Segment(nnx.Module):
             x, cache, loss = block(x, step, cache, segment_ids=segment_ids)
             after.append(cache)
             losses.append(loss)
-        return x, tuple(after) if caches is not None else None, sum(losses)
+        return x, tuple(after) if caches is not None else None, jnp.sum(jnp.stack(losses))
 
     def _stacked(self, x, step, caches, segment_ids):
         split = [nnx.split(block) for block in self.blocks]
@@ -75,16 +75,18 @@ class CausalLM(nnx.Module):
     """Tokens to logits. All families are this class with another `ModelSpec`."""
 
     def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs, param_dtype=jnp.float32, layout: Layout = "list"):
-        self.spec, self.layout = spec, layout
-        d, make = spec.d_model, dict(rngs=rngs, dtype=param_dtype)
+        self.spec = spec
+        self.layout: Layout = layout
+        d = spec.d_model
+        make: dict[str, Any] = dict(rngs=rngs, dtype=param_dtype)
         self.embed = Embedding(spec.vocab, d, axes=("vocab", "embed"), **make)
         entries = spec.learned_positions
         self.positions = None if entries is None else Embedding(entries, d, axes=(None, "embed"), **make)
         self.embed_norm = _norm(spec.embed_norm, d, param_dtype)
         self.segments = nnx.List([Segment(s, d, layout=layout, **make) for s in spec.segments])
         self.final_norm = _norm(spec.final_norm, d, param_dtype)
-        head = dict(axes=("embed", "vocab"), bias=spec.head_bias)
-        self.head = None if spec.tied else Linear(d, spec.vocab, **head, **make)
+        make["bias"] = spec.head_bias
+        self.head = None if spec.tied else Linear(d, spec.vocab, axes=("embed", "vocab"), **make)
 
     @property
     def dtype(self) -> jnp.dtype:
