@@ -13,7 +13,9 @@ from jaxinf.models import CausalLM, ModelSpec, Segment
 TOKENIZERS = Path(__file__).parent / "data" / "tokenizers"
 
 
-def spec(*, vocab: int = 64, window: int | None = None, repeats: int = 1, context: int = 512, **attention) -> ModelSpec:
+def spec(
+    *, vocab: int = 64, window: int | None = None, repeats: int = 1, context: int = 512, **attention
+) -> ModelSpec:
     """Two layers a repeat; with a window, the first of them slides."""
 
     def layer(window):
@@ -29,3 +31,19 @@ def model(spec: ModelSpec, *, layout="list", seed: int = 0, gain: float = 4.0) -
     made = CausalLM(spec, rngs=nnx.Rngs(seed), layout=layout)
     graph, state = nnx.split(made)
     return nnx.merge(graph, jax.tree.map(lambda x: x * gain if x.ndim > 1 else x, state))
+
+
+class counted:
+    """Names of the programs compiled inside the block."""
+
+    def __enter__(self) -> list[str]:
+        self.programs: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self.programs
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+    def _note(self, event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.programs.append(event)

@@ -163,7 +163,7 @@ def token_lists(facts: Facts, prompts: Any, *, add_special_tokens: bool = True) 
         if prompts.ndim == 1:
             return [_ids(facts, prompts, "the prompt")], True
         prompts = list(prompts)
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise InputError(f"prompts is a {type(prompts).__name__}; give text, token ids, or a list of either")
     if not prompts:
         raise InputError("the prompt is empty; give some text or at least one token")

@@ -43,6 +43,12 @@ def expected(row: np.ndarray, p: SamplingParams, seen: np.ndarray) -> np.ndarray
 SEEN = np.random.default_rng(1).random((3, VOCAB)) < 0.3
 CONTEXT = Context(jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.int32), jnp.asarray(SEEN))
 
+
+@jax.jit
+def distribution(x: jax.Array, controls: Controls) -> jax.Array:
+    return jax.nn.softmax(process(x, controls, context=CONTEXT), axis=-1)
+
+
 CASES = {
     "temperature": SamplingParams(temperature=0.7),
     "top_k": SamplingParams(temperature=1.0, top_k=7),
@@ -61,7 +67,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_process_follows_the_definition(name: str) -> None:
     params, x = CASES[name], logits()
-    got = jax.nn.softmax(process(jnp.asarray(x), Controls.of([params] * 3), context=CONTEXT), axis=-1)
+    got = distribution(x, Controls.of([params] * 3))
     for row in range(3):
         want = expected(x[row], params, SEEN[row])
         np.testing.assert_allclose(got[row], want, atol=2e-6)
@@ -71,7 +77,7 @@ def test_process_follows_the_definition(name: str) -> None:
 def test_rows_keep_their_own_parameters() -> None:
     rows = [CASES["greedy with penalty and bias"], CASES["all"], CASES["top_p"]]
     x = logits()
-    got = jax.nn.softmax(process(jnp.asarray(x), Controls.of(rows), context=CONTEXT), axis=-1)
+    got = distribution(x, Controls.of(rows))
     for row, params in enumerate(rows):
         np.testing.assert_allclose(got[row], expected(x[row], params, SEEN[row]), atol=2e-6)
 
@@ -94,17 +100,18 @@ def test_processors_come_before_temperature() -> None:
 
 def test_sample_is_categorical_of_the_processed_logits() -> None:
     rows = [CASES["all"], CASES["temperature"], CASES["greedy with penalty and bias"]]
-    x, controls = jnp.asarray(logits()), Controls.of(rows)
+    x, controls, seeds = jnp.asarray(logits()), Controls.of(rows), (5, 2**32 - 1, 0)
+
+    @jax.jit
+    def draw(t):
+        keys = row_keys(jnp.asarray(seeds, jnp.uint32), jnp.full((3,), t))
+        return sample(x, controls, keys, context=CONTEXT)
+
+    processed = process(x, controls, context=CONTEXT)
     for t in range(8):
-        keys = row_keys(jnp.asarray([5, 2**32 - 1, 0], jnp.uint32), jnp.full((3,), t))
-        for key, seed in zip(keys, (5, 2**32 - 1, 0), strict=True):
-            assert jnp.array_equal(
-                jax.random.key_data(key), jax.random.key_data(jax.random.fold_in(jax.random.key(seed), t))
-            )
-        got = sample(x, controls, keys, context=CONTEXT)
-        processed = process(x, controls, context=CONTEXT)
-        want = [jax.random.categorical(key, row) for key, row in zip(keys, processed, strict=True)]
-        assert got.tolist() == [int(w) for w in want]
+        keys = [jax.random.fold_in(jax.random.key(seed), t) for seed in seeds]
+        want = [int(jax.random.categorical(key, row)) for key, row in zip(keys, processed, strict=True)]
+        assert draw(t).tolist() == want
 
 
 def test_frequencies_follow_the_processed_distribution() -> None:
@@ -112,7 +119,7 @@ def test_frequencies_follow_the_processed_distribution() -> None:
     x = jnp.asarray(logits(1))
     keys = row_keys(jnp.full((draws,), 9, jnp.uint32), jnp.arange(draws))
     controls = Controls.of([params])
-    tokens = jax.vmap(lambda key: sample(x, controls, key[None])[0])(keys)
+    tokens = jax.jit(jax.vmap(lambda key: sample(x, controls, key[None])[0]))(keys)
     want = expected(np.asarray(x[0]), params, SEEN[0])
     counts = np.bincount(np.asarray(tokens), minlength=VOCAB)
     assert counts[want == 0].sum() == 0
