@@ -24,7 +24,9 @@ def folder() -> Path | None:
 
 def enable() -> None:
     """Turns the cache on, unless switched off, set up by the program already, or its folder cannot be made."""
-    if jax.config.read("jax_compilation_cache_dir") or not jax.config.read("jax_enable_compilation_cache"):
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen or not wanted:
         return
     where = folder()
     if where is None:
