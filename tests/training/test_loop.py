@@ -103,8 +103,8 @@ def test_a_network_is_its_module():
     params = network.init(0)
     assert sum(x.size for x in params.values()) == sum(np.prod(s) for s in network.shapes.values())
     tokens = jnp.arange(16, dtype=jnp.int32).reshape(1, 16)
-    logits, _ = network.model(params).train_logits(tokens)
-    loss, (nats, uneven) = network.loss(params, tokens, 0.5)
+    logits, _ = jax.jit(lambda p: network.model(p).train_logits(tokens))(params)
+    loss, (nats, uneven) = jax.jit(lambda p: network.loss(p, tokens, 0.5))(params)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
     # The loss reads all tokens but the last; attention is causal, so that changes nothing before.
     np.testing.assert_allclose(nats, -picked.mean(), rtol=1e-5)
