@@ -32,7 +32,7 @@ def dense_attention(
     seen = jnp.ones((), bool) if seen is None else seen
     seen = jnp.broadcast_to(seen, (batch, heads, queries, k.shape[2]))
     # Hidden memory may hold anything, and 0 * nan is nan, in gradients too: so it is emptied first.
-    used_keys = seen.reshape(batch, groups, -1, k.shape[2]).any(2)[..., None]
+    used_keys = seen.reshape(batch, groups, heads // groups * queries, k.shape[2]).any(2)[..., None]
     q = jnp.where(seen.any(-1)[..., None], q, 0).astype(jnp.float32)
     k = jnp.where(used_keys, k, 0).astype(jnp.float32)
     v = jnp.where(used_keys, v, 0).astype(jnp.float32)

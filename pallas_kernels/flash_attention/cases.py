@@ -1,0 +1,152 @@
+"""Named calls of `flash_attention`: SMALL ones for the contract tests, MODELS for benchmarks and tuning."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.attention_shapes import SHAPES
+
+Maker = Callable[[np.random.Generator, "Case"], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, dtype and options of one call. `arrays` make the options that are arrays."""
+
+    name: str
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    dtype: str = "float32"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, Maker] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q, k, v."""
+        return (
+            (self.batch, self.heads, self.queries, self.head_dim),
+            (self.batch, self.kv_heads, self.keys, self.head_dim),
+            (self.batch, self.kv_heads, self.keys, self.value_dim),
+        )
+
+    def inputs(self, seed: int = 0) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """Random q, k, v in float32, and the options."""
+        random = np.random.default_rng(seed)
+        qkv = [random.normal(size=shape).astype(np.float32) for shape in self.shapes]
+        return qkv, {**self.options, **{name: make(random, self) for name, make in self.arrays.items()}}
+
+
+def per_head(random: np.random.Generator, case: Any) -> np.ndarray:
+    return random.normal(size=case.heads).astype(np.float32)
+
+
+def tree(random: np.random.Generator, case: Any) -> np.ndarray:
+    """For each row a random tree of `case.queries` nodes, children after parents: bool [B, T, T]."""
+    masks = np.zeros((case.batch, case.queries, case.queries), bool)
+    for mask in masks:
+        for node in range(case.queries):
+            if node:
+                mask[node] = mask[random.integers(node)]
+            mask[node, node] = True
+    return masks
+
+
+def constant(*values: int) -> Maker:
+    return lambda random, case: np.array(values, np.int32)
+
+
+def packed(length: str, documents: int) -> Maker:
+    """Segment ids of documents packed one after another, ends at random; the same for queries and keys."""
+
+    def make(random: np.random.Generator, case: Case) -> np.ndarray:
+        size = getattr(case, length)
+        ends = np.linspace(0, size, documents + 1).astype(int)[1:-1] + np.arange(case.batch)[:, None] % 2
+        return (np.arange(size) >= ends[..., None]).sum(1).astype(np.int32)
+
+    return make
+
+
+def cells(*shape: int) -> Maker:
+    return lambda random, case: random.random(shape) < 0.5
+
+
+def _small(name: str, batch: int, heads: tuple[int, int], tokens: tuple[int, int], dims: tuple[int, int], **rest):
+    arrays = {key: value for key, value in rest.items() if callable(value)}
+    dtype = rest.pop("dtype", "float32")
+    options = {key: value for key, value in rest.items() if key not in arrays}
+    return Case(name, batch, *heads, *tokens, *dims, dtype, options, arrays)
+
+
+SMALL = (
+    _small("plain", 2, (2, 2), (17, 17), (64, 64)),
+    _small("one_token", 1, (4, 1), (1, 1), (80, 80)),
+    _small("chunk", 2, (6, 2), (9, 33), (96, 64), q_offset=constant(24, 7)),
+    _small("lengths", 3, (4, 1), (13, 13), (128, 128), lengths=constant(13, 0, 5)),
+    _small("window_below_block", 1, (2, 1), (40, 40), (64, 64), window=3),
+    _small("window_above_block", 1, (2, 2), (40, 40), (16, 16), window=27),
+    _small("both_ways", 2, (2, 1), (21, 26), (16, 16), causal=False, window=(4, 2), lengths=constant(26, 9)),
+    _small("softcap_sinks", 2, (4, 2), (19, 19), (256, 256), softcap=5.0, sinks=per_head, lengths=constant(0, 19)),
+    _small("alibi", 1, (4, 4), (20, 20), (16, 16), alibi_slopes=per_head, scale=0.5),
+    _small(
+        "packed",
+        2,
+        (2, 1),
+        (32, 32),
+        (16, 16),
+        q_segment_ids=packed("queries", 3),
+        kv_segment_ids=packed("keys", 3),
+    ),
+    _small("block_mask", 1, (4, 2), (30, 35), (16, 16), causal=False, block_mask=cells(4, 4, 5)),
+    _small("tree", 2, (4, 2), (7, 20), (16, 16), q_offset=constant(5, 0), window=6, ancestor_mask=tree),
+    _small(
+        "everything",
+        2,
+        (4, 2),
+        (19, 23),
+        (16, 8),
+        window=(9, None),
+        softcap=3.0,
+        sinks=per_head,
+        alibi_slopes=per_head,
+        q_segment_ids=packed("queries", 2),
+        kv_segment_ids=packed("keys", 2),
+        lengths=constant(23, 11),
+        q_offset=constant(-2, 4),
+        block_mask=cells(5, 4),
+    ),
+    _small("bfloat16", 2, (4, 2), (18, 21), (64, 64), dtype="bfloat16", q_offset=constant(3, 3), sinks=per_head),
+)
+
+
+def _model(name: str, tokens: int, ways: int) -> Case:
+    shape = SHAPES[name].shard(ways)
+    return Case(
+        f"{name}-prefill-{tokens // 1024}k" + ("" if ways == 1 else f"-shard{ways}"),
+        1,
+        shape.heads,
+        shape.kv_heads,
+        tokens,
+        tokens,
+        shape.head_dim,
+        shape.value_dim,
+        "bfloat16",
+        MappingProxyType({} if shape.window is None else {"window": shape.window}),
+        MappingProxyType({"sinks": per_head} if shape.sinks else {}),
+    )
+
+
+MODELS = tuple(
+    _model(name, tokens, ways)
+    for name in SHAPES
+    if name != "deepseek-v3-latent"  # prefill expands the latent
+    for tokens in (1024, 4096, 32768)
+    for ways in (1, 8)
+)

@@ -1,0 +1,135 @@
+"""Named calls of `flash_decode`: SMALL ones for the contract tests, MODELS for benchmarks and tuning."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.attention_shapes import SHAPES
+from pallas_kernels.flash_attention.cases import per_head, tree
+
+Maker = Callable[[np.random.Generator, "Case"], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, dtypes and options of one call. `queries` are the new tokens, `cache` the dtype of k and v."""
+
+    name: str
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    slots: int
+    head_dim: int
+    value_dim: int
+    dtype: str = "float32"
+    cache: str = "float32"
+    layers: int | None = None
+    lengths: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, Maker] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q, k, v."""
+        lead = () if self.layers is None else (self.layers,)
+        return (
+            (self.batch, self.heads, self.queries, self.head_dim),
+            (*lead, self.batch, self.kv_heads, self.slots, self.head_dim),
+            (*lead, self.batch, self.kv_heads, self.slots, self.value_dim),
+        )
+
+    def inputs(self, seed: int = 0) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """Random q, k, v (integers for an int8 cache, else float32), and the options."""
+        random = np.random.default_rng(seed)
+        q, k, v = (random.normal(size=shape).astype(np.float32) for shape in self.shapes)
+        options = {**self.options, **{name: make(random, self) for name, make in self.arrays.items()}}
+        if self.cache == "int8":
+            k, v = (np.clip(np.rint(40 * x), -127, 127) for x in (k, v))
+            for name, x in (("k_scale", k), ("v_scale", v)):
+                options[name] = random.uniform(0.01, 0.05, x.shape[:-1]).astype(np.float32)
+        return [q, k, v], options
+
+
+def _small(
+    name: str,
+    lengths: tuple[int, ...],
+    heads: tuple[int, int],
+    tokens: tuple[int, int],
+    dims: tuple[int, int],
+    **rest,
+):
+    arrays = {key: value for key, value in rest.items() if callable(value)}
+    fixed = {key: rest.pop(key) for key in ("dtype", "cache", "layers") if key in rest}
+    options = {key: value for key, value in rest.items() if key not in arrays}
+    return Case(
+        name, len(lengths), *heads, *tokens, *dims, lengths=lengths, options=options, arrays=arrays, **fixed
+    )
+
+
+SMALL = (
+    _small("one_token", (1, 9, 17, 0), (4, 2), (1, 17), (64, 64), layers=3),
+    _small("verify", (4, 30), (6, 2), (4, 30), (80, 80), layers=2),
+    _small("shorter_than_the_chunk", (2, 5), (2, 1), (5, 12), (16, 16)),
+    _small("padding_past_the_end", (14, 12), (2, 1), (4, 12), (16, 16)),
+    _small("many_tokens", (64, 50), (2, 1), (33, 64), (16, 16)),
+    _small("window", (30, 3), (4, 1), (2, 30), (96, 96), layers=2, window=4),
+    _small("wide_window", (30, 3), (2, 1), (2, 30), (16, 16), window=19),
+    _small(
+        "softcap_sinks_alibi",
+        (11, 0),
+        (4, 4),
+        (2, 13),
+        (128, 64),
+        softcap=4.0,
+        sinks=per_head,
+        alibi_slopes=per_head,
+    ),
+    _small("ring_part_full", (5, 0, 11), (4, 2), (2, 11), (16, 16), layers=2, ring=True),
+    _small("ring_wrapped", (40, 12, 23), (4, 2), (3, 11), (16, 16), ring=True, window=9),
+    _small("tree", (9, 14), (4, 2), (5, 14), (16, 16), ancestor_mask=tree, window=8, alibi_slopes=per_head),
+    _small(
+        "ring_tree", (9, 31), (2, 2), (5, 14), (16, 16), ring=True, ancestor_mask=tree, window=10, sinks=per_head
+    ),
+    _small("int8", (13, 2), (4, 2), (2, 16), (64, 64), layers=2, cache="int8", window=12),
+    _small("float8", (13, 2), (4, 2), (2, 16), (64, 64), cache="float8_e4m3fn"),
+    _small("bfloat16", (13, 2), (4, 2), (2, 16), (256, 256), layers=2, dtype="bfloat16", cache="bfloat16"),
+    _small("bfloat16_bits", (13, 2), (4, 2), (2, 16), (64, 64), layers=2, cache="uint16"),
+)
+
+
+def _model(name: str, batch: int, context: int, ways: int, cache: str) -> Case:
+    shape = SHAPES[name].shard(ways)
+    ring = {} if shape.window is None else {"ring": True, "window": shape.window}
+    return Case(
+        f"{name}-decode-{context // 1024}k-batch{batch}"
+        + ("" if ways == 1 else f"-shard{ways}")
+        + ("" if cache == "bfloat16" else f"-{cache}"),
+        batch,
+        shape.heads,
+        shape.kv_heads,
+        1,
+        context if shape.window is None else min(context, shape.window),
+        shape.head_dim,
+        shape.value_dim,
+        "bfloat16",
+        cache,
+        2,
+        (context,) * batch,
+        MappingProxyType(ring),
+        MappingProxyType({"sinks": per_head} if shape.sinks else {}),
+    )
+
+
+MODELS = tuple(
+    _model(name, batch, context, ways, cache)
+    for name in SHAPES
+    if name != "deepseek-v3"  # decoding absorbs the up-projections
+    for batch in (1, 32, 256)
+    for context in (4096, 32768)
+    for ways in (1, 8)
+    for cache in ("bfloat16", "int8")
+)

@@ -1,0 +1,151 @@
+"""The contract of `flash_decode`: every implementation against the rules."""
+
+import functools
+
+import attention_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels import flash_decode
+from pallas_kernels.flash_decode import Blocks
+from pallas_kernels.flash_decode.cases import MODELS, SMALL
+from pallas_kernels.stored import to_bits
+
+CASES = {case.name: case for case in SMALL}
+VARIANTS = [
+    (case, implementation, blocks)
+    for case in SMALL
+    for implementation, blocks in (("reference", None), ("xla", None), ("xla", Blocks(5)))
+]
+
+
+def stored(x, dtype):
+    """float values, nan among them, as a cache of `dtype`; an int8 cache has no nan."""
+    if dtype == "int8":
+        return jnp.asarray(np.nan_to_num(x, nan=127), dtype)
+    return to_bits(jnp.asarray(x, jnp.bfloat16)) if dtype == "uint16" else jnp.asarray(x, dtype)
+
+
+def rounded(x, dtype):
+    """x with the values that a cache of `dtype` can hold."""
+    return np.asarray(jnp.asarray(x, "bfloat16" if dtype == "uint16" else dtype), np.float32)
+
+
+@functools.cache
+def expected(name):
+    """Arguments with nan in all that nothing may read, and the oracle's answer for the last layer."""
+    case = CASES[name]
+    (q, k, v), options = case.inputs()
+    q, k, v = rounded(q, case.dtype), rounded(k, case.cache), rounded(v, case.cache)
+    layer = None if case.layers is None else case.layers - 1
+    lengths = np.array(case.lengths)
+
+    def one(x):
+        return x if layer is None else x[layer]
+
+    scales = {name: one(options[name]) for name in ("k_scale", "v_scale") if name in options}
+    out, lse, seen = oracle.decode(q, one(k), one(v), lengths, **(options | scales))
+    used = oracle.used_keys(seen, case.kv_heads)
+    if layer is not None:
+        used = np.stack([used if i == layer else np.zeros_like(used) for i in range(case.layers)])
+    for name in scales:
+        options[name] = np.where(used, options[name], np.nan).astype(np.float32)
+    q = oracle.poisoned(q, seen.any(-1))
+    k, v = (stored(oracle.poisoned(x, used), case.cache) for x in (k, v))
+    return (jnp.asarray(q, case.dtype), k, v, lengths), layer, options, out, lse
+
+
+def close(given, wanted, tolerance):
+    given, wanted = np.asarray(given, np.float64), np.asarray(wanted)
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(given[~finite], wanted[~finite])
+    np.testing.assert_allclose(given[finite], wanted[finite], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation", "blocks"),
+    VARIANTS,
+    ids=[f"{case.name}-{implementation}{'-small' if blocks else ''}" for case, implementation, blocks in VARIANTS],
+)
+def test_contract(case, implementation, blocks):
+    arguments, layer, options, want_out, want_lse = expected(case.name)
+    arrays = {key: x for key, x in options.items() if isinstance(x, np.ndarray)}
+    static = {key: x for key, x in options.items() if key not in arrays}
+
+    @jax.jit
+    def run(arguments, layer, arrays):
+        return flash_decode(
+            *arguments,
+            layer=layer,
+            **static,
+            **arrays,
+            return_lse=True,
+            implementation=implementation,
+            blocks=blocks,
+        )
+
+    out, lse = run(arguments, layer, arrays)
+    assert out.dtype == case.dtype
+    assert lse.dtype == jnp.float32
+    close(out, want_out, 1e-2 if case.dtype == "bfloat16" else 3e-6)
+    close(lse, want_lse, 3e-6)
+
+
+@functools.cache
+def ragged(ring):
+    return jax.jit(
+        lambda q, k, v, lengths: flash_decode(
+            q, k, v, lengths, window=7, ring=ring, blocks=Blocks(3), return_lse=True
+        )
+    )
+
+
+@given(st.booleans(), st.lists(st.integers(0, 40), min_size=3, max_size=3), st.integers(0, 99))
+def test_any_lengths(ring, lengths, seed):
+    random = np.random.default_rng(seed)
+    lengths = np.array(lengths if ring else [min(n, 13) for n in lengths])
+    q, k, v = (random.normal(size=(3, n, t, 8)).astype(np.float32) for n, t in ((4, 2), (2, 11), (2, 11)))
+    want_out, want_lse, seen = oracle.decode(q, k, v, lengths, ring=ring, window=7)
+    used = oracle.used_keys(seen, 2)
+    out, lse = ragged(ring)(q, oracle.poisoned(k, used), oracle.poisoned(v, used), lengths)
+    close(out, want_out, 3e-6)
+    close(lse, want_lse, 3e-6)
+
+
+def test_layer_under_transforms():
+    """The layer may be traced by scan and mapped by vmap."""
+    random = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 2, 1, 8), *[(3, 2, 1, 9, 8)] * 2)
+    )
+    lengths = jnp.array([9, 4])
+
+    def one(layer):
+        return flash_decode(q, k, v, lengths, layer=layer, blocks=Blocks(4))
+
+    alone = jnp.stack([one(layer) for layer in range(3)])
+    np.testing.assert_allclose(jax.vmap(one)(jnp.arange(3)), alone, atol=1e-6)
+    scanned = jax.lax.scan(lambda _, layer: (None, one(layer)), None, jnp.arange(3))[1]
+    np.testing.assert_allclose(scanned, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in MODELS if case.batch == 32], ids=lambda case: case.name)
+def test_named_cases_are_calls(case):
+    (q, k, v), made = case.shapes, {}
+    random = np.random.default_rng(0)
+    for name, make in case.arrays.items():
+        made[name] = jnp.asarray(make(random, case))
+    arrays = [jax.ShapeDtypeStruct(q, case.dtype), *(jax.ShapeDtypeStruct(x, case.cache) for x in (k, v))]
+    lengths = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    scale = jax.ShapeDtypeStruct(k[:-1], jnp.float32)
+    scales = dict(k_scale=scale, v_scale=scale) if case.cache == "int8" else {}
+
+    def call(arrays, lengths, scales):
+        return flash_decode(*arrays, lengths, layer=1, **case.options, **made, **scales)
+
+    out = jax.eval_shape(call, arrays, lengths, scales)
+    assert out.shape == (*q[:3], case.value_dim)
