@@ -1,6 +1,9 @@
 """The project's own form: bit for bit there and back, whatever the layout and the keeping of weights."""
 
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,17 +151,30 @@ from jaxinf.checkpoint import convert
 from pallas_kernels.errors import CheckpointError
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 try:
-    convert(sys.argv[1], sys.argv[2])
+    convert(sys.argv[1], sys.argv[2], to=sys.argv[3])
 except CheckpointError as e:
     print(e)
 """
 
 
-def test_a_disk_that_refuses_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL, str(GOLDENS / "llama"), str(tmp_path / "new")]
+@pytest.mark.parametrize(
+    ("to", "why"), [("safetensors", "cannot write .*: File too large"), ("orbax", "orbax cannot")]
+)
+def test_a_disk_that_refuses_leaves_nothing(to: str, why: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(GOLDENS / "llama"), str(tmp_path / "new"), to]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout == f"cannot write {tmp_path / 'new'}: File too large; nothing was left behind\n"
+    assert re.fullmatch(rf"{why}.*; nothing was left behind\n", done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*new: the disk is full; nothing was left behind"):
+        convert(GOLDENS / "llama", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
