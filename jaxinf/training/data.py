@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxinf.training.tokenizer import end_of_text
 from pallas_kernels.errors import CheckpointError, InputError
 
 
@@ -27,17 +28,15 @@ class Documents:
     bytes: int
 
     @classmethod
-    def encode(cls, texts: Iterable[str], tokenizer: Tokenizer, end_of_text: int) -> Documents:
-        """Encode each text; `end_of_text` is the token that opens every document."""
+    def encode(cls, texts: Iterable[str], tokenizer: Tokenizer) -> Documents:
+        """Encode each text behind the end-of-text token."""
+        end = end_of_text(tokenizer)
         texts = list(texts)
         if tokenizer.get_vocab_size() > 2**16:
             raise InputError(
                 f"a vocabulary of {tokenizer.get_vocab_size()} does not fit uint16: give at most 65536"
             )
-        rows = [
-            np.array([end_of_text, *e.ids], np.uint16)
-            for e in tokenizer.encode_batch(texts, add_special_tokens=False)
-        ]
+        rows = [np.array([end, *e.ids], np.uint16) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
         starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         tokens = np.concatenate(rows) if rows else np.zeros(0, np.uint16)
         return cls(tokens, starts, sum(len(text.encode()) for text in texts))

@@ -216,7 +216,9 @@ class Trainer:
 
     def resume(self) -> bool:
         """Go on from the latest checkpoint; False when there is none."""
-        latest = None if self._manager is None else self._manager.latest_step()
+        if self._manager is None:
+            return False
+        latest = self._manager.latest_step()
         if latest is None:
             return False
         log = self._manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore()))["log"]

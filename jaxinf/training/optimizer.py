@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -45,7 +46,8 @@ def make_optimizer(spec: OptimizerSpec, shapes: Mapping[str, tuple[int, ...]]) -
 
     Matrices may have leading axes (stacked experts `[E, in, out]`): each matrix is orthogonalised by itself.
     """
-    dimensions = {
+    # None means AdamW to optax, which its annotation of this argument leaves out.
+    dimensions: Any = {
         path: MuonDimensionNumbers(len(shape) - 2, len(shape) - 1) if uses_muon(path, shape) else None
         for path, shape in shapes.items()
     }
@@ -72,4 +74,4 @@ def scaled_update(
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
     """Parameters and state after one update, its size multiplied by `factor` (float32 scalar)."""
     updates, state = optimizer.update(gradients, state, params)
-    return {path: x + factor * updates[path].astype(x.dtype) for path, x in params.items()}, state
+    return jax.tree.map(lambda x, update: x + factor * update.astype(x.dtype), params, updates), state

@@ -59,7 +59,7 @@ RECIPES = {
             "stdlib-draft",
             _draft(),
             TrainSpec(
-                batch=4, context=CONTEXT, steps=1914, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.006)
+                batch=8, context=CONTEXT, steps=957, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.006)
             ),
         ),
     )

@@ -19,7 +19,7 @@ from jaxinf.training.data import Batches, Documents
 from jaxinf.training.evaluate import bits_per_byte, xz_bits_per_byte
 from jaxinf.training.loop import Trainer, plot_loss, write_log
 from jaxinf.training.recipes import RECIPES, Recipe
-from jaxinf.training.tokenizer import END_OF_TEXT, train_tokenizer
+from jaxinf.training.tokenizer import end_of_text, train_tokenizer
 from pallas_kernels.errors import CheckpointError, InputError
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
@@ -46,7 +46,7 @@ def prepare(folder: Path, source: Path | None = None) -> Documents:
     texts = [data.decode("utf-8") for data in read_part("train", source).values()]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(texts)
-    documents = Documents.encode(texts, tokenizer, tokenizer.token_to_id(END_OF_TEXT))
+    documents = Documents.encode(texts, tokenizer)
     documents.save(folder)
     beside = folder / f"{TOKENIZER}.part"
     tokenizer.save(str(beside))
@@ -74,7 +74,7 @@ def train(
       CheckpointError: `out` holds checkpoints and `resume` is false.
     """
     recipe = find_recipe(name)
-    console = console or Console(stderr=True)
+    console = Console(stderr=True) if console is None else console
     if not resume and any((out / "checkpoints").glob("*")):
         raise CheckpointError(f"{out} holds the checkpoints of an earlier run: pass --resume, or another --out")
     console.print(f"corpus and tokenizer in {data}")
@@ -116,7 +116,7 @@ def train(
 
 def export(trainer: Trainer, tokenizer_file: Path, folder: Path) -> Path:
     """Write the trained parameters in bfloat16 as a folder that the library loads."""
-    end = Tokenizer.from_file(str(tokenizer_file)).token_to_id(END_OF_TEXT)
+    end = end_of_text(Tokenizer.from_file(str(tokenizer_file)))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trainer.params)
     return checkpoint.save(
         folder,
@@ -158,9 +158,7 @@ def evaluate(
     folder = locate(model)
     loaded = checkpoint.load(folder, dtype="float32")
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    documents = Documents.encode(
-        (data.decode("utf-8") for data in files.values()), tokenizer, tokenizer.token_to_id(END_OF_TEXT)
-    )
+    documents = Documents.encode((data.decode("utf-8") for data in files.values()), tokenizer)
     context = context or loaded.model.spec.context
     bits = bits_per_byte(loaded.model, documents, context=context, stride=stride, progress=progress)
     xz = xz_bits_per_byte(b"".join(files.values()))

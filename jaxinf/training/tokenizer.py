@@ -11,11 +11,21 @@ from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pallas_kernels.errors import CheckpointError
+
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
 
 # Line breaks and indentation; a piece without blanks and the blank before it; other blanks.
 PIECES = r"(?:\r?\n)+[ \t]*|[ ]?[^\s]+|\s+"
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of `<|endoftext|>`."""
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    if token is None:
+        raise CheckpointError(f"the tokenizer has no {END_OF_TEXT}: use the one that was trained with the model")
+    return token
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:

@@ -82,7 +82,7 @@ def test_no_text_is_refused():
 def tiny(tmp_path, monkeypatch):
     """A recipe of a few seconds under the name of a real one, and its corpus."""
     tokenizer = train_tokenizer(TEXTS, vocabulary=VOCAB)
-    Documents.encode(TEXTS, tokenizer, 0).save(tmp_path / "data")
+    Documents.encode(TEXTS, tokenizer).save(tmp_path / "data")
     tokenizer.save(str(tmp_path / "data" / "tokenizer.json"))
     real = recipes.RECIPES["stdlib"]
     train = replace(real.train, batch=2, context=16, steps=3, phases=())
