@@ -87,8 +87,7 @@ def visible(rules: Rules, t: jax.Array, s: jax.Array, positions: jax.Array | Non
         parts.append((positions >= 0)[:, None, None, :])
     if rules.lengths is not None:
         parts.append((positions < rules.lengths[:, None])[:, None, None, :])
-    needs_distance = rules.causal or rules.left is not None or rules.right is not None
-    distance = distances(rules, t, positions) if needs_distance else None
+    distance = distances(rules, t, positions)
     if rules.ancestors is not None:
         node, inside = _nodes(rules, positions)
         rows = max(node.shape[0], rules.ancestors.shape[0])

@@ -1,11 +1,15 @@
 """`cache_append` for CPUs and GPUs: each row's slice is read, merged and written back, in place."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.stored import encode, from_bits, to_bits
 
 
+# Jitted, so that the layers of a model share one trace.
+@partial(jax.jit, static_argnames="ring")
 def xla(
     cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array, counts: jax.Array, *, ring: bool
 ) -> jax.Array:

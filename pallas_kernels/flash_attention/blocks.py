@@ -46,7 +46,8 @@ def default_blocks(platform: str, batch: int, groups: int, share: int, queries: 
         side, budget = GPU_BLOCK, GPU_SCORES
     if batch * groups * share * queries * keys <= budget:
         return Blocks(queries, keys)
-    q, kv = min(side, queries), min(side, keys)
+    kv = min(side, keys)
+    q = max(1, min(side, queries, budget // (share * kv)))
     heads = _divisor(groups, budget // (share * q * kv))
     rows = _divisor(batch, budget // (groups * share * q * kv)) if heads == groups else 1
     return Blocks(q, kv, rows, heads)

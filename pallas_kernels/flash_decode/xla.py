@@ -4,6 +4,8 @@ Blocks are cut straight out of the stacked cache, so no layer is ever copied, an
 become float32 one block at a time.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +14,8 @@ from pallas_kernels.masks import Rules, distances, ring_positions, visible
 from pallas_kernels.stored import read_slice
 
 
+# Jitted, so that the layers of a model share one trace.
+@partial(jax.jit, static_argnames=("scale", "softcap", "ring", "blocks"))
 def xla(
     q: jax.Array,
     k: jax.Array,

@@ -124,6 +124,7 @@ def test_layer_under_transforms():
     )
     lengths = jnp.array([9, 4])
 
+    @jax.jit
     def one(layer):
         return flash_decode(q, k, v, lengths, layer=layer, blocks=Blocks(4))
 
