@@ -42,9 +42,9 @@ def describe(spec: ModelSpec, *, dtype="bfloat16", cache_dtype=None) -> Descript
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         leaf, repeats, share = variable.get_value(), 1, Fraction(1)
         if path[0] == "segments":
-            segment = spec.segments[path[1]]
+            segment = spec.segments[int(str(path[1]))]
             repeats = segment.repeats
-            share = _share(segment.period[path[3]].ffn) if "experts" in path else share
+            share = _share(segment.period[int(str(path[3]))].ffn) if "experts" in path else share
         count = math.prod(leaf.shape) * repeats
         total, size, active = total + count, size + count * leaf.dtype.itemsize, active + count * share
     item = jnp.dtype(cache_dtype or dtype).itemsize

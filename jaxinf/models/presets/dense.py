@@ -70,9 +70,7 @@ PRESETS: dict[str, Callable[[], ModelSpec]] = {
     ),
     "llama-3.1-8b": partial(_llama3, 8.0, d_model=4096, depth=32, heads=32, kv_heads=8, width=14_336),
     "llama-3.1-70b": partial(_llama3, 8.0, d_model=8192, depth=80, heads=64, kv_heads=8, width=28_672),
-    "llama-3.2-1b": partial(
-        _llama3, 32.0, d_model=2048, depth=16, heads=32, kv_heads=8, width=8192, tied=True
-    ),
+    "llama-3.2-1b": partial(_llama3, 32.0, d_model=2048, depth=16, heads=32, kv_heads=8, width=8192, tied=True),
     "llama-3.2-3b": partial(
         _llama3, 32.0, d_model=3072, depth=28, heads=24, kv_heads=8, width=8192, head_dim=128, tied=True
     ),

@@ -6,7 +6,16 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from jaxinf.layers import AttentionSpec, FFNSpec, Gated, LayerSpec, LinearRopeSpec, QKNormSpec, RMSNormSpec, RopeSpec
+from jaxinf.layers import (
+    AttentionSpec,
+    FFNSpec,
+    Gated,
+    LayerSpec,
+    LinearRopeSpec,
+    QKNormSpec,
+    RMSNormSpec,
+    RopeSpec,
+)
 from jaxinf.models.spec import ModelSpec, fold
 
 _NORM = RMSNormSpec(1e-6, offset=1.0)
@@ -16,18 +25,14 @@ def _model(vocab: int, d_model: int, width: int, context: int, attentions: list[
     ffn = FFNSpec(width, Gated("gelu_tanh"))
     layers = [LayerSpec(a, ffn, _NORM, "sandwich") for a in attentions]
     scale = math.sqrt(d_model)
-    return ModelSpec(
-        vocab, d_model, fold(layers), context, _NORM, tied=True, embed_scale=scale, logit_softcap=cap
-    )
+    return ModelSpec(vocab, d_model, fold(layers), context, _NORM, tied=True, embed_scale=scale, logit_softcap=cap)
 
 
 def _gemma2(*, d_model: int, depth: int, heads: int, kv_heads: int, width: int, head_dim=256, scalar=256.0):
     def attention(i: int) -> AttentionSpec:
         window = 4096 if i % 2 == 0 else None
         turn = RopeSpec(head_dim)
-        return AttentionSpec(
-            heads, kv_heads, head_dim, rope=turn, window=window, scale=scalar**-0.5, softcap=50.0
-        )
+        return AttentionSpec(heads, kv_heads, head_dim, rope=turn, window=window, scale=scalar**-0.5, softcap=50.0)
 
     return _model(256_000, d_model, width, 8192, [attention(i) for i in range(depth)], cap=30.0)
 

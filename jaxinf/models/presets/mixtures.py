@@ -46,18 +46,14 @@ def _gpt_oss(*, experts: int, depth: int) -> ModelSpec:
     mixture = MoESpec(experts, 2880, TokenChoice(bias=True, top_k=4), ClampedGated(), bias=True)
 
     def layer(window: int | None) -> LayerSpec:
-        attention = AttentionSpec(
-            64, 8, 64, rope=rope, window=window, sinks=True, qkv_bias=True, out_bias=True
-        )
+        attention = AttentionSpec(64, 8, 64, rope=rope, window=window, sinks=True, qkv_bias=True, out_bias=True)
         return LayerSpec(attention, mixture, norm)
 
     return ModelSpec(201_088, 2880, (Segment((layer(128), layer(None)), depth // 2),), 131_072, norm)
 
 
 PRESETS: dict[str, Callable[[], ModelSpec]] = {
-    "mixtral-8x7b": partial(
-        _mixtral, d_model=4096, depth=32, heads=32, width=14_336, context=32_768, vocab=32_000
-    ),
+    "mixtral-8x7b": partial(_mixtral, d_model=4096, depth=32, heads=32, width=14_336, context=32_768, vocab=32_000),
     "mixtral-8x22b": partial(
         _mixtral, d_model=6144, depth=56, heads=48, width=16_384, context=65_536, vocab=32_768
     ),
