@@ -8,15 +8,17 @@ LEAST_PIECE, LEAST_CAPACITY = 16, 256
 
 
 def piece_size(tokens: int) -> int:
-    """Columns of a pass over `tokens <= PIECE` tokens: the next power of two, at least 16."""
+    """Columns of a pass over `tokens` tokens: the next power of two, at least 16."""
     return max(LEAST_PIECE, 1 << (tokens - 1).bit_length())
 
 
-def pieces(tokens: int) -> list[tuple[int, int]]:
-    """`(start, columns)` of the passes over a prompt: whole pieces, then the remainder's size.
+def pieces(tokens: int, *, whole: bool = False) -> list[tuple[int, int]]:
+    """`(start, columns)` of the passes over a prompt: whole pieces, then the remainder's size; or, if asked, one.
 
     The pieces depend on the number of tokens alone, and a shorter row's first pieces are those it has alone.
     """
+    if whole:
+        return [(0, piece_size(tokens))]
     parts = [(start, PIECE) for start in range(0, tokens - PIECE + 1, PIECE)]
     done = len(parts) * PIECE
     return parts if done == tokens else [*parts, (done, piece_size(tokens - done))]

@@ -176,12 +176,13 @@ def generate(
       max_new_tokens: static. limits: int32 `[B]`, 1 to max_new_tokens; None: that for all.
       seeds: uint32 `[B]`; None: 0. eos: int32 `[E]`; None: rows run to their limits.
       controls: None: greedy.
-      piece: static; longer prompts are taken in pieces of this many tokens.
+      piece: static; longer prompts are taken in pieces of this many tokens, unless a rope needs them whole.
 
     Returns:
       `(state, written)`; row b's new tokens are `written.tokens[b, :written.counts[b]]`.
     """
     batch, total = tokens.shape
+    piece = total if model.spec.reads_prompts_whole else piece
     controls = Controls() if controls is None else controls
     limits = jnp.full((batch,), max_new_tokens, jnp.int32) if limits is None else limits
     seeds = jnp.zeros((batch,), jnp.uint32) if seeds is None else seeds

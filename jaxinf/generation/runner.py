@@ -89,7 +89,7 @@ class Runner:
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, *, fresh: bool) -> tuple[jax.Array, Cache]:
         """Appends prompts piece by piece: `(logits float32 [B, V], cache)`. The cache is donated."""
         lengths = np.asarray([len(p) for p in prompts], np.int32)
-        parts = buckets.pieces(int(lengths.max()))
+        parts = buckets.pieces(int(lengths.max()), whole=self.spec.reads_prompts_whole)
         padded = np.zeros((len(prompts), parts[-1][0] + parts[-1][1]), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt

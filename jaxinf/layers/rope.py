@@ -34,6 +34,11 @@ class RopeSpec:
         return jnp.asarray(self._base(), jnp.float32)
 
     @property
+    def follows_length(self) -> bool:
+        """Whether angles depend on how long a row is, so that a prompt must be read in one pass."""
+        return False
+
+    @property
     def attention_factor(self) -> float:
         """cos and sin are multiplied by this (so scores by its square)."""
         return 1.0
@@ -80,6 +85,10 @@ class DynamicNTKRopeSpec(RopeSpec):
 
     factor: float = 1.0
     original_max: int = 2048
+
+    @property
+    def follows_length(self) -> bool:
+        return True
 
     def frequencies(self, totals):
         s = jnp.maximum(totals, self.original_max).astype(jnp.float32)
@@ -154,6 +163,10 @@ class LongRopeSpec(RopeSpec):
     long: tuple[float, ...] = ()
     original_max: int = 4096
     factor_on_scores: float = 1.0
+
+    @property
+    def follows_length(self) -> bool:
+        return True
 
     def frequencies(self, totals):
         base = self._base()

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxinf.layers import LayerSpec, MoESpec, NormSpec, RMSNormSpec
-from jaxinf.layers.rope import RopeSpec
 from pallas_kernels.errors import InputError
 
 
@@ -65,6 +64,12 @@ class ModelSpec:
     def depth(self) -> int:
         return sum(s.layers for s in self.segments)
 
+    @property
+    def reads_prompts_whole(self) -> bool:
+        """Whether a rope follows the length of the text: pieces of a prompt would turn by other angles."""
+        ropes = (layer.attention.rope for layer in self.layers())
+        return any(rope is not None and rope.follows_length for rope in ropes)
+
 
 def fold(layers: Sequence[LayerSpec]) -> tuple[Segment, ...]:
     """The segments of a list of layers: the split that needs the fewest distinct blocks.
@@ -111,8 +116,3 @@ def _check_layer(layer: LayerSpec, at: str) -> None:
         top_k = getattr(layer.ffn.router, "top_k", 1)
         if not 1 <= top_k <= layer.ffn.experts:
             raise InputError(f"{at}: top_k={top_k} must be between 1 and experts={layer.ffn.experts}")
-
-
-def ropes(spec: ModelSpec) -> set[RopeSpec]:
-    """The distinct ropes of a model."""
-    return {layer.attention.rope for layer in spec.layers() if layer.attention.rope is not None}

@@ -91,13 +91,6 @@ def test_scores_depend_on_distance_alone(rope, total):
     assert score(3, 2) != pytest.approx(score(3, 1), abs=1e-4)
 
 
-def test_lengths_change_the_ropes_that_say_so():
-    short, long = jnp.asarray([16], jnp.int32), jnp.asarray([40], jnp.int32)
-    for rope in ROPES:
-        same = np.allclose(rope.frequencies(short), rope.frequencies(long))
-        assert same == (not isinstance(rope, (DynamicNTKRopeSpec, LongRopeSpec)))
-
-
 def test_dynamic_rope_is_the_plain_one_up_to_the_trained_length():
     rope = DynamicNTKRopeSpec(8, factor=2.0, original_max=16)
     np.testing.assert_allclose(
@@ -119,3 +112,9 @@ def test_alibi_slopes():
     extra = alibi_slopes(12)
     np.testing.assert_allclose(extra[:8], alibi_slopes(8))
     np.testing.assert_allclose(extra[8:], alibi_slopes(16)[::2][:4])
+
+
+def test_ropes_that_follow_the_length_say_so():
+    short, long = (jnp.asarray([n], jnp.int32) for n in (16, 40))
+    for rope in ROPES:
+        assert rope.follows_length != np.allclose(rope.frequencies(short), rope.frequencies(long))
