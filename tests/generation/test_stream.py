@@ -1,7 +1,6 @@
 """Text from tokens a few at a time: whole characters, and never a part of a stop string."""
 
 import itertools
-import json
 
 import hypothesis.strategies as st
 import pytest
@@ -105,13 +104,3 @@ def test_nothing_is_said_that_may_begin_a_stop_string() -> None:
     assert [out.push(p) for p in ["a<", "/en", "dless <", "/end", ">b"]] == ["a", "", "</endless ", "", ""]
     assert out.found == "</end>"
     assert out.push("more") == out.finish() == ""
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokenizers_agree_with_the_library_that_trained_them(kind: str) -> None:
-    tokenizer = Tokenizer.from_folder(TOKENIZERS / kind)
-    assert tokenizer is not None
-    for case in json.loads((TOKENIZERS / kind / "golden.json").read_text(encoding="utf-8")):
-        assert tokenizer.encode(case["text"]) == case["tokens"]
-        assert tokenizer.encode(case["text"], add_special_tokens=False) == case["tokens"][1:]
-        assert tokenizer.decode(case["tokens"]) == case["decoded"]

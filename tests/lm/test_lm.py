@@ -6,10 +6,10 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny_models import TOKENIZERS, counted, model, spec
+from tiny_models import TOKENIZERS, counted, model, spec, whole
 
 import jaxinf
-from jaxinf.generation import Batch, SamplingParams
+from jaxinf.generation import Batch, Runner, SamplingParams
 from jaxinf.lm import LM, Tokenizer
 from pallas_kernels.errors import InputError, UnsupportedError
 
@@ -50,7 +50,7 @@ def test_greedy_tokens_are_those_of_whole_passes(lm: LM) -> None:
     new = lm.generate(PROMPT, 12, logprobs=2)
     scores = np.asarray(jax.nn.log_softmax(lm.logits([ids + new.tokens])[0], axis=-1))[len(ids) - 1 : -1]
     assert new.tokens == scores.argmax(-1).tolist()
-    np.testing.assert_allclose(new.logprobs, scores.max(-1), atol=2e-5)
+    np.testing.assert_allclose(new.logprobs, scores.max(-1), atol=1e-4)
     for t, best in enumerate(new.top_logprobs):
         assert list(best) == np.argsort(-scores[t])[:2].tolist()
     assert lm.generate(PROMPT, 2, logprobs=True).top_logprobs is None
@@ -131,6 +131,7 @@ def test_an_interrupt_returns_what_was_written(lm: LM, monkeypatch: pytest.Monke
     def interrupted(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
+            self.state = None  # as within the call, where it is donated
             raise KeyboardInterrupt
         return advance(self, *args, **kwargs)
 
@@ -171,35 +172,35 @@ def test_logits_of_any_length(lm: LM) -> None:
     ids = lm.tokenizer.encode(PROMPT)
     got = lm.logits([ids])
     assert (got.shape, got.dtype) == ((1, len(ids), lm.spec.vocab), np.float32)
-    np.testing.assert_allclose(got, lm.model(np.asarray([ids])), atol=2e-5)
+    np.testing.assert_allclose(got, whole(lm.model, np.asarray([ids])), atol=1e-4)
 
 
 class TestChat:
-    def test_turns_build_on_the_cache(self, lm: LM, tokenizer: Tokenizer) -> None:
-        messages = list(MESSAGES)
-        lm.chat(MESSAGES, 2)
-        for turn in range(2):
-            before = lm.chat_tokens(messages)
+    def test_turns_build_on_the_cache(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+        read: list[int] = []
+        prefill = Runner.prefill
+
+        def counting(self, prompts, cache, **options):
+            read.append(sum(map(len, prompts)))
+            return prefill(self, prompts, cache, **options)
+
+        monkeypatch.setattr(Runner, "prefill", counting)
+        lm.chat([{"role": "user", "content": "something else"}], 2)
+        messages, in_cache = list(MESSAGES), 0
+        for turn in range(3):
+            tokens = lm.chat_tokens(messages)
             answer = lm.chat(messages, 4)
-            fresh = lm.generate(before, 4)
-            assert answer.tokens == fresh.tokens
-            assert answer.stats.prompt_tokens == len(before)
+            assert answer.stats.prompt_tokens == len(tokens) == answer.stats.cached_tokens + read[-1]
+            assert answer.stats.cached_tokens >= in_cache
+            assert answer.tokens == lm.generate(tokens, 4).tokens
             # The same words once more: all but the last token are in the cache.
-            again = lm.chat(messages, 4)
-            assert again.tokens == fresh.tokens
-            assert again.stats.cached_tokens == len(before) - 1
+            assert lm.chat(messages, 4).tokens == answer.tokens
+            assert read[-1] == 1
+            in_cache = len(tokens)
             messages += [
                 {"role": "assistant", "content": f"answer {turn}"},
                 {"role": "user", "content": "pop"},
             ]
-            after = lm.chat_tokens(messages)
-            common = (
-                next(i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b) if turn else None
-            )
-            assert common is None or common > 0
-            answer = lm.chat(messages, 4)
-            assert answer.stats.cached_tokens >= len(before)
-            assert answer.tokens == lm.generate(after, 4).tokens
 
     def test_a_window_that_has_forgotten_starts_anew(self, tokenizer: Tokenizer) -> None:
         lm = LM(model(spec(vocab=tokenizer.vocab_size, window=4, context=200)), tokenizer, {"eos_token_id": []})
@@ -225,16 +226,17 @@ class TestChat:
 LONG = list(range(20, 44))
 
 
-class TestBoundedMemory:
-    @pytest.fixture(scope="class")
-    def small(self) -> LM:
-        return LM(model(spec(context=48)))
+@pytest.fixture(scope="module")
+def small() -> LM:
+    return LM(model(spec(context=48)))
 
+
+class TestBoundedMemory:
     def test_until_the_window_overflows_nothing_changes(self, small: LM) -> None:
         free = small.generate(LONG, 9, logprobs=True)
         bounded = small.generate(LONG, 9, logprobs=True, window=32, sinks=4)
         assert bounded.tokens == free.tokens
-        np.testing.assert_allclose(bounded.logprobs, free.logprobs, atol=2e-5)
+        np.testing.assert_allclose(bounded.logprobs, free.logprobs, atol=1e-4)
 
     def test_generation_runs_past_the_context(self, small: LM) -> None:
         got = small.generate(LONG, 100, window=16)
@@ -264,13 +266,13 @@ class TestScore:
     TEXT = "def push(self, item):\n    self.items.append(item)\n"
 
     def expected(self, lm: LM, ids: list[int]) -> np.ndarray:
-        scores = np.asarray(jax.nn.log_softmax(lm.model(np.asarray([ids[:-1]]))[0], axis=-1))
+        scores = np.asarray(jax.nn.log_softmax(whole(lm.model, np.asarray([ids[:-1]]))[0], axis=-1))
         return scores[np.arange(len(ids) - 1), ids[1:]]
 
     def test_a_short_text(self, lm: LM) -> None:
         got = lm.score(self.TEXT)
         want = self.expected(lm, got.tokens)
-        np.testing.assert_allclose(got.logprobs, want, atol=2e-5)
+        np.testing.assert_allclose(got.logprobs, want, atol=1e-4)
         assert got.tokens[0] == lm.tokenizer.bos_id
         assert got.perplexity == pytest.approx(math.exp(-want.mean()), rel=1e-4)
         assert got.bits_per_byte == pytest.approx(-want.sum() / math.log(2) / len(self.TEXT), rel=1e-4)
@@ -287,15 +289,15 @@ class TestScore:
             piece = self.expected(lm, ids[begin : begin + CONTEXT + 1])
             want = np.concatenate([want, piece[len(want) - begin :]])
             start += stride
-        np.testing.assert_allclose(got, want, atol=5e-5)
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
     def test_a_bounded_memory_is_that_of_generation(self, lm: LM) -> None:
         ids = lm.tokenizer.encode(self.TEXT)
-        short = lm.score(ids[:20], window=32, sinks=2)
-        np.testing.assert_allclose(short.logprobs, lm.score(ids[:20]).logprobs, atol=2e-5)
-        written = lm.generate(ids[:30], 90, window=16, sinks=2, logprobs=True)
-        scored = lm.score(ids[:30] + written.tokens, window=16, sinks=2)
-        np.testing.assert_allclose(scored.logprobs[29:], written.logprobs, atol=5e-5)
+        short = lm.score(ids, window=len(ids), sinks=2)
+        np.testing.assert_allclose(short.logprobs, lm.score(ids).logprobs, atol=1e-4)
+        written = lm.generate(ids, 90, window=16, sinks=2, logprobs=True)
+        scored = lm.score(ids + written.tokens, window=16, sinks=2)
+        np.testing.assert_allclose(scored.logprobs[len(ids) - 1 :], written.logprobs, atol=1e-4)
 
     def test_without_a_bos_the_first_token_costs_its_share(self, lm: LM) -> None:
         from jaxinf.lm.scoring import summary
@@ -401,7 +403,7 @@ def test_experts_that_choose_among_the_batch_cannot_generate() -> None:
     with pytest.raises(UnsupportedError, match="expert-choice"):
         lm.generate([1, 2, 3], 2)
     tokens = [[1, 2, 3, 4, 5]]
-    np.testing.assert_allclose(lm.logits(tokens), lm.model(np.asarray(tokens)), atol=2e-5)
+    np.testing.assert_allclose(lm.logits(tokens), whole(lm.model, np.asarray(tokens)), atol=1e-4)
 
 
 def test_the_public_face() -> None:
