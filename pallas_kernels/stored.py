@@ -19,6 +19,12 @@ STORED = (*FLOATS, *QUANTIZED, BFLOAT16_BITS)
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16}
 
 
+def storage_dtype(dtype, platform: str) -> jnp.dtype:
+    """The dtype in which a cache of `dtype` is best kept on a platform ("cpu", "gpu", "tpu")."""
+    dtype = jnp.dtype(dtype)
+    return jnp.dtype(BFLOAT16_BITS) if platform == "cpu" and dtype == jnp.bfloat16 else dtype
+
+
 def to_bits(x: jax.Array) -> jax.Array:
     """A float of 8 or 16 bits as an unsigned integer of the same bits; anything else as it is."""
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize in _UNSIGNED

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.errors import InputError
 
@@ -73,7 +74,7 @@ def per_head(name: str, x: Any, heads: int) -> jax.Array:
 
 def known(x: Any) -> np.ndarray | None:
     """The value of x where it is known while tracing, else None."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    return None if isinstance(x, Tracer) else np.asarray(x)
 
 
 def check_range(name: str, x: Any, low: int, high: int | None, advice: str) -> None:

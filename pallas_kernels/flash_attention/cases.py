@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -78,8 +78,10 @@ def cells(*shape: int) -> Maker:
     return lambda random, case: random.random(shape) < 0.5
 
 
-def _small(name: str, batch: int, heads: tuple[int, int], tokens: tuple[int, int], dims: tuple[int, int], **rest):
-    arrays = {key: value for key, value in rest.items() if callable(value)}
+def _small(
+    name: str, batch: int, heads: tuple[int, int], tokens: tuple[int, int], dims: tuple[int, int], **rest: Any
+):
+    arrays = cast("dict[str, Maker]", {key: value for key, value in rest.items() if callable(value)})
     dtype = rest.pop("dtype", "float32")
     options = {key: value for key, value in rest.items() if key not in arrays}
     return Case(name, batch, *heads, *tokens, *dims, dtype, options, arrays)

@@ -161,11 +161,12 @@ def for_platform(plan: Plan, run: Callable, results: Any, q: jax.Array, k: jax.A
 
     A CPU computes 16-bit floats in float32 whatever the program says, and slices bfloat16 badly: it gets float32.
     """
-    sizes = (*q.shape[:4], k.shape[2])
+    batch, groups, share, queries, _ = q.shape
+    keys = k.shape[2]
 
     def on(platform: str, *arrays):
-        batch, groups, _, queries, keys = sizes
-        blocks = (plan.blocks or default_blocks(platform, *sizes)).fit(batch, groups, queries, keys)
+        blocks = plan.blocks or default_blocks(platform, batch, groups, share, queries, keys)
+        blocks = blocks.fit(batch, groups, queries, keys)
         if platform == "cpu":
             arrays = jax.tree.map(_widened, arrays)
         return jax.tree.map(lambda x, dtype: x.astype(dtype), run(blocks, *arrays), results)

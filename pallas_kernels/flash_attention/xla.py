@@ -53,14 +53,13 @@ def xla(
     return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, q, k, v, sinks, slopes, rules) -> Pair:
+def _primal(plan: Plan, q, k, v, sinks, slopes, rules) -> Pair:
     results = (q.dtype, jnp.dtype(jnp.float32))
     return for_platform(plan, partial(_forward, plan), results, q, k, q, k, v, sinks, slopes, rules)
 
 
 def _save(plan: Plan, q, k, v, sinks, slopes, rules):
-    out, lse = _attention(plan, q, k, v, sinks, slopes, rules)
+    out, lse = _primal(plan, q, k, v, sinks, slopes, rules)
     return (out, lse), (q, k, v, sinks, slopes, rules, out, lse)
 
 
@@ -71,8 +70,11 @@ def _forward(plan: Plan, blocks: Blocks, q, k, v, sinks, slopes, rules: Rules) -
         parts = _chunk(
             plan,
             blocks,
-            *(chunk.of(x) for x in (q, k, v)),
-            *(chunk.of_heads(x) for x in (sinks, slopes)),
+            chunk.of(q),
+            chunk.of(k),
+            chunk.of(v),
+            chunk.of_heads(sinks),
+            chunk.of_heads(slopes),
             chunk.rules(rules, share),
         )
         return tuple(chunk.put(whole, part) for whole, part in zip(totals, parts, strict=True))
@@ -130,6 +132,7 @@ def _chunk(plan: Plan, blocks: Blocks, q, k, v, sinks, slopes, rules: Rules) -> 
     return jax.lax.fori_loop(0, q_count, block, (out, jnp.zeros(out.shape[:4])))
 
 
+_attention = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _attention.defvjp(_save, backward)
 # Jitted, so that the layers of a model share one trace.
 _jitted = jax.jit(_attention, static_argnums=0)

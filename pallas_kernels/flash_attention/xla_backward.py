@@ -49,12 +49,17 @@ def _gradients(plan: Plan, blocks: Blocks, q, k, v, slopes, rules: Rules, d_out,
         *parts, d_slopes_part = _chunk(
             plan,
             blocks,
-            *(chunk.of(x) for x in (q, k, v)),
+            chunk.of(q),
+            chunk.of(k),
+            chunk.of(v),
             chunk.of_heads(slopes),
             chunk.rules(rules, share),
-            *(chunk.of(x) for x in (d_out, base, inner)),
+            chunk.of(d_out),
+            chunk.of(base),
+            chunk.of(inner),
         )
         if d_slopes is not None:
+            assert d_slopes_part is not None
             d_slopes = add_at(d_slopes, d_slopes_part, chunk.head, 0)
         return *(chunk.put(*pair) for pair in zip(wholes, parts, strict=True)), d_slopes
 

@@ -160,7 +160,8 @@ def flash_decode(
     assert scale is not None
     softcap = positive("softcap", softcap)
     if not stacked:
-        k, v, k_scale, v_scale = (None if x is None else x[None] for x in (k, v, k_scale, v_scale))
+        k, v = k[None], v[None]
+        k_scale, v_scale = (None if x is None else x[None] for x in (k_scale, v_scale))
     arrays = (q, k, v, layer, k_scale, v_scale, sinks, alibi_slopes, rules)
     if check_implementation(implementation) == "reference" or 0 in (*q.shape, slots):
         out, lse = reference(*arrays, scale=scale, softcap=softcap, ring=ring)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -60,9 +60,9 @@ def _small(
     heads: tuple[int, int],
     tokens: tuple[int, int],
     dims: tuple[int, int],
-    **rest,
+    **rest: Any,
 ):
-    arrays = {key: value for key, value in rest.items() if callable(value)}
+    arrays = cast("dict[str, Maker]", {key: value for key, value in rest.items() if callable(value)})
     fixed = {key: rest.pop(key) for key in ("dtype", "cache", "layers") if key in rest}
     options = {key: value for key, value in rest.items() if key not in arrays}
     return Case(

@@ -30,18 +30,12 @@ def reference(
     v * v_scale, one scale for each row, head and slot.
     Returns out in q's dtype and lse in float32.
     """
-    k, v, k_scale, v_scale = (
-        None if x is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-        for x in (k, v, k_scale, v_scale)
-    )
-    assert k is not None
-    assert v is not None
-    assert rules.lengths is not None
-    k, v = decode(k), decode(v)
+    k, v = decode(_layer(k, layer)), decode(_layer(v, layer))
     if k_scale is not None:
-        k *= k_scale[..., None]
+        k *= _layer(k_scale, layer)[..., None]
     if v_scale is not None:
-        v *= v_scale[..., None]
+        v *= _layer(v_scale, layer)[..., None]
+    assert rules.lengths is not None
     slots = k.shape[2]
     positions = ring_positions(rules.lengths, slots, jnp.arange(slots)) if ring else None
     out, lse = dense_attention(
@@ -56,3 +50,7 @@ def reference(
         positions=positions,
     )
     return out.astype(q.dtype), lse
+
+
+def _layer(x: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cache_append, flash_attention, flash_decode
-from pallas_kernels.stored import encode
+from pallas_kernels.stored import encode, storage_dtype
 
 BATCH, KV_HEADS, HEADS, DIM, TOKENS = 4, 2, 4, 32, 2
 
@@ -49,12 +49,12 @@ def generate(x, weights, caches, starts, steps, *, scanned, ring=False, window=N
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(
-    ("dtype", "stored", "ring"),
-    [("float32", "float32", False), ("float32", "float32", True), ("bfloat16", "uint16", False)],
+    ("dtype", "ring"), [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
 )
-def test_no_cache_is_copied(dtype, stored, ring, scanned):
+def test_no_cache_is_copied(dtype, ring, scanned):
     """Temporaries of the compiled loop, rows at different positions, stay below a tenth of the cache."""
     layers, slots = 4, 4096
+    stored = storage_dtype(dtype, "cpu")
     cache = jax.ShapeDtypeStruct((layers, BATCH, KV_HEADS, slots, DIM), stored)
     width = HEADS * DIM
     compiled = generate.lower(
@@ -67,7 +67,7 @@ def test_no_cache_is_copied(dtype, stored, ring, scanned):
         ring=ring,
         window=slots - TOKENS if ring else None,
     ).compile()
-    size = 2 * cache.size * jnp.dtype(stored).itemsize
+    size = 2 * cache.size * stored.itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * size
 
 
