@@ -71,9 +71,7 @@ def _validate(lhs, rhs, group_sizes, rhs_scale, implementation) -> None:
     if group_sizes.dtype != jnp.int32:
         raise InputError(f"group_sizes.dtype={group_sizes.dtype} must be int32: cast it.")
     if lhs.dtype.name not in _FLOATS:
-        raise UnsupportedError(
-            f"lhs.dtype={lhs.dtype} is not served: cast it to one of {', '.join(_FLOATS)}."
-        )
+        raise UnsupportedError(f"lhs.dtype={lhs.dtype} is not served: cast it to one of {', '.join(_FLOATS)}.")
     if rhs.dtype.name not in (*_FLOATS, "int8"):
         raise UnsupportedError(
             f"rhs.dtype={rhs.dtype} is not served: use one of {', '.join(_FLOATS)}, or int8 with rhs_scale."
