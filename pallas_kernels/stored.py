@@ -26,8 +26,8 @@ def storage_dtype(dtype, platform: str) -> jnp.dtype:
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """A float of 8 or 16 bits as an unsigned integer of the same bits; anything else as it is."""
-    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize in _UNSIGNED
+    """bfloat16 or float8 as an unsigned integer of the same bits; anything else as it is."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize in _UNSIGNED and x.dtype != jnp.float16
     return jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]) if narrow else x
 
 

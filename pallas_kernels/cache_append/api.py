@@ -32,7 +32,8 @@ def cache_append(
     """The cache with new[b, :, t] in slot starts[b] + t of row b; in place where the cache is donated or carried.
 
     Args:
-      cache: [L, B, K, S, D], or [B, K, S, D] with layer=None.
+      cache: [L, B, K, S, D], or [B, K, S, D] with layer=None: float32, bfloat16, float16, int8, float8, or uint16
+        for the bits of bfloat16. A CPU updates bfloat16 and float8 by copying the cache, the others in place.
       new: [B, K, T, D], cast to the cache's dtype (values for an int8 cache must be quantised already).
       layer: which layer of a stacked cache, 0..L-1; may be traced (out of range then means the nearest layer).
       starts: int32 [B], the slot, or in a ring the position, of each row's first new token.

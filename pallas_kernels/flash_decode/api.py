@@ -99,7 +99,8 @@ def flash_decode(
 
     Args:
       q: [B, N, T, D], float32, bfloat16 or float16; query t of row b is at position lengths[b] - T + t.
-      k: [B, K, S, D], or stacked [L, B, K, S, D] with `layer`; float or int8 / float8; N a multiple of K.
+      k: [B, K, S, D], or stacked [L, B, K, S, D] with `layer`; N a multiple of K. float32, bfloat16, float16, int8,
+        float8, or uint16 for the bits of bfloat16, which a CPU appends to in place.
       v: the same with Dv for D, in k's dtype.
       lengths: int32 [B], tokens of each row, the T new ones among them, 0..S+T (a ring: 0 or more). Slots beyond
         S do not exist, so a row whose last queries are padding may count them. At 0 the row is empty.
