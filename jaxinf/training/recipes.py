@@ -52,14 +52,14 @@ RECIPES = {
             "stdlib",
             _target(),
             TrainSpec(
-                batch=8, context=CONTEXT, steps=957, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.004)
+                batch=8, context=CONTEXT, steps=841, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.004)
             ),
         ),
         Recipe(
             "stdlib-draft",
             _draft(),
             TrainSpec(
-                batch=8, context=CONTEXT, steps=957, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.006)
+                batch=8, context=CONTEXT, steps=898, phases=((0.8, 512),), optimizer=OptimizerSpec(0.02, 0.006)
             ),
         ),
     )

@@ -1,0 +1,57 @@
+"""The weights that ship: what they are, how large, and how well they predict text they never saw."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxinf import checkpoint
+from jaxinf.layers import MoESpec
+from jaxinf.training import recipes, run
+from jaxinf.training.corpus import read_held_out
+from jaxinf.training.loop import Network
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return read_held_out(run.HELD_OUT)
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("stdlib", 16), ("stdlib-draft", 3)])
+def test_folder(name, megabytes):
+    folder = run.EMBEDDED / name
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= megabytes * 1e6
+    assert checkpoint.read_spec(folder) == recipes.RECIPES[name].model
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
+
+
+def test_the_target_uses_all_three():
+    layers = list(recipes.RECIPES["stdlib"].model.layers())
+    assert all(layer.attention.kv_heads < layer.attention.heads for layer in layers)
+    bounded = [layer.attention.window is not None for layer in layers]
+    assert bounded == [i % 2 == 0 for i in range(len(layers))]
+    mixtures = sum(isinstance(layer.ffn, MoESpec) for layer in layers)
+    assert 0 < mixtures <= len(layers) / 3
+
+
+def test_sizes():
+    target, draft = (
+        sum(int(np.prod(shape)) for shape in Network(recipes.RECIPES[name].model).shapes.values())
+        for name in ("stdlib", "stdlib-draft")
+    )
+    assert target <= 7_800_000
+    assert 0.08 <= draft / target <= 0.12
+
+
+def test_both_predict_unseen_files(held_out):
+    files = {path: held_out[path] for path in ("shlex.py", "queue.py")}
+    target, draft = (run.evaluate(name, files)["bits_per_byte"] for name in ("stdlib", "stdlib-draft"))
+    assert target < draft < 2.6
+
+
+@pytest.mark.slow
+def test_the_target_needs_a_tenth_less_than_xz(held_out):
+    record = run.evaluate("stdlib", held_out)
+    assert record["bits_per_byte"] < 0.9 * record["xz_bits_per_byte"]
