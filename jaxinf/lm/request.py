@@ -84,7 +84,6 @@ def make_request(
     prompts: Any,
     max_new_tokens: int | Sequence[int],
     *,
-    add_special_tokens: bool = True,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -105,7 +104,7 @@ def make_request(
     Raises:
       InputError: anything out of range, by name.
     """
-    ids, single = token_lists(facts, prompts, add_special_tokens=add_special_tokens)
+    ids, single = token_lists(facts, prompts)
     window, sinks = window_of(facts, window, sinks)
     n = _whole("n", n, least=1)
     limits = _each("max_new_tokens", max_new_tokens, len(ids), least=1)
@@ -153,10 +152,10 @@ def make_request(
     )
 
 
-def token_lists(facts: Facts, prompts: Any, *, add_special_tokens: bool = True) -> tuple[list[list[int]], bool]:
+def token_lists(facts: Facts, prompts: Any) -> tuple[list[list[int]], bool]:
     """Checked token ids of each prompt, and whether one prompt was given rather than a list of them."""
     if isinstance(prompts, str):
-        return [_encode(facts, prompts, "the prompt", add_special_tokens)], True
+        return [_encode(facts, prompts, "the prompt")], True
     if hasattr(prompts, "ndim"):  # an array
         if prompts.ndim not in (1, 2):
             raise InputError(f"prompts.shape={tuple(prompts.shape)} must be [tokens] or [prompts, tokens]")
@@ -168,7 +167,7 @@ def token_lists(facts: Facts, prompts: Any, *, add_special_tokens: bool = True) 
     if not prompts:
         raise InputError("the prompt is empty; give some text or at least one token")
     if all(isinstance(p, str) for p in prompts):
-        return [_encode(facts, p, f"prompt {i}", add_special_tokens) for i, p in enumerate(prompts)], False
+        return [_encode(facts, p, f"prompt {i}") for i, p in enumerate(prompts)], False
     if not any(isinstance(p, str) for p in prompts) and all(np.ndim(p) for p in prompts):
         return [_ids(facts, p, f"prompt {i}") for i, p in enumerate(prompts)], False
     return [_ids(facts, prompts, "the prompt")], True
@@ -211,12 +210,12 @@ def _room(facts: Facts, window: int | None) -> int | None:
     return facts.context if window is None else facts.spec.learned_positions
 
 
-def _encode(facts: Facts, text: str, which: str, add_special_tokens: bool) -> list[int]:
+def _encode(facts: Facts, text: str, which: str) -> list[int]:
     if facts.tokenizer is None:
         raise InputError(f"{which} is text, but this model came without a tokenizer; give token ids")
     if not text:
         raise InputError(f"{which} is empty; give some text or at least one token")
-    return _ids(facts, facts.tokenizer.encode(text, add_special_tokens), which)
+    return _ids(facts, facts.tokenizer.encode(text), which)
 
 
 def _ids(facts: Facts, tokens: Any, which: str) -> list[int]:
