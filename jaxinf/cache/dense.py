@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step
 from pallas_kernels import cache_append, flash_attention, flash_decode
+from pallas_kernels.stored import BFLOAT16_BITS, from_bits
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +40,8 @@ class DenseCache(LayerCache):
         else:
             out = flash_attention(
                 q,
-                one_layer(cache.k, layer),
-                one_layer(cache.v, layer),
+                read_layer(cache.k, layer, q.dtype),
+                read_layer(cache.v, layer, q.dtype),
                 q_offset=step.starts,
                 lengths=step.totals,
                 **rule.mask,
@@ -56,6 +57,8 @@ class DenseCache(LayerCache):
         return self.k.shape[-2]
 
 
-def one_layer(stacked: jax.Array, layer) -> jax.Array:
-    """`[B, K, S, D]` of a cache that may be stacked."""
-    return stacked if layer is None else jax.lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)
+def read_layer(stored: jax.Array, layer, dtype) -> jax.Array:
+    """`[B, K, S, D]` in `dtype` of a cache that may be stacked and may hold the bits of bfloat16."""
+    if layer is not None:
+        stored = jax.lax.dynamic_index_in_dim(stored, layer, 0, keepdims=False)
+    return (from_bits(stored, jnp.bfloat16) if stored.dtype == BFLOAT16_BITS else stored).astype(dtype)

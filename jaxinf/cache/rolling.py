@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step
-from jaxinf.cache.dense import one_layer
+from jaxinf.cache.dense import read_layer
 from pallas_kernels import cache_append, flash_attention, flash_decode
 from pallas_kernels.merge import merge_partials
 
@@ -62,8 +62,8 @@ class RollingCache(LayerCache):
         else:
             # Read before writing: a long chunk overwrites the window that its first queries look at.
             old = self.window - 1
-            kept = [self._latest(stored, step.starts, old, layer) for stored in (self.k, self.v)]
-            both = [jnp.concatenate([o, n.astype(o.dtype)], axis=2) for o, n in zip(kept, (k, v), strict=True)]
+            kept = [self._latest(stored, step.starts, old, layer, q.dtype) for stored in (self.k, self.v)]
+            both = [jnp.concatenate([o, n], axis=2) for o, n in zip(kept, (k, v), strict=True)]
             # Key column c holds position starts - old + c; those before the row's first token are no tokens.
             absent = jnp.arange(old + tokens)[None] < (old - step.starts)[:, None]
             out, lse = flash_attention(
@@ -86,10 +86,10 @@ class RollingCache(LayerCache):
             v=cache_append(self.v, v, layer, step.starts, counts=step.counts, ring=True),
         )
 
-    def _latest(self, stored: jax.Array, starts: jax.Array, count: int, layer) -> jax.Array:
+    def _latest(self, stored: jax.Array, starts: jax.Array, count: int, layer, dtype) -> jax.Array:
         """The `count` tokens before `starts`, in order: `[B, K, count, D]`."""
         index = (starts[:, None] - count + jnp.arange(count)) % stored.shape[-2]
-        return jnp.take_along_axis(one_layer(stored, layer), index[:, None, :, None], axis=2)
+        return jnp.take_along_axis(read_layer(stored, layer, dtype), index[:, None, :, None], axis=2)
 
     @property
     def append_limit(self) -> int | None:
@@ -163,8 +163,8 @@ class SinkCache(LayerCache):
         order = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (q.shape[0], sinks))
         far, far_lse = flash_attention(
             rule.turn(q, place),
-            rule.turn(one_layer(sink_k, layer), order).astype(q.dtype),
-            one_layer(sink_v, layer).astype(q.dtype),
+            rule.turn(read_layer(sink_k, layer, q.dtype), order),
+            read_layer(sink_v, layer, q.dtype),
             q_offset=step.starts - window,
             lengths=jnp.minimum(step.totals, sinks),
             scale=rule.scale,

@@ -1,6 +1,5 @@
-"""What every floor above shares: serialisable frozen dataclasses and numerics policy."""
+"""What every floor above shares: records of frozen dataclasses."""
 
-from jaxinf.core.numerics import dot, precision_of
 from jaxinf.core.record import from_record, to_record
 
-__all__ = ["dot", "from_record", "precision_of", "to_record"]
+__all__ = ["from_record", "to_record"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxinf.cache import Cache
 from jaxinf.generation.sampling import Context, Controls, Processor, row_keys, sample
@@ -142,11 +143,14 @@ def decode(
     def step(carry):
         state, written, column = carry
         active = (~state.finished).astype(jnp.int32)
-        logits, cache = decode_step(model, state.tokens, state.cache, counts=active)
+        # Tied to the step, or XLA widens all 16-bit weights once before the loop and reads them at float32's cost.
+        fenced, column = jax.lax.optimization_barrier((weights, column))
+        logits, cache = decode_step(nnx.merge(graph, fenced), state.tokens, state.cache, counts=active)
         state = dataclasses.replace(state, cache=cache)
         state, written = _emit(logits, state, written, column, eos, controls, processors)
         return state, written, column + 1
 
+    graph, weights = nnx.split(model)
     start = (state, Written.empty(state, width, logprobs), jnp.int32(0))
     state, written, _ = jax.lax.while_loop(more, step, start)
     return state, written

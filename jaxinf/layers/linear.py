@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinf.core import dot
 from jaxinf.layers.parameters import constant, normal
+from pallas_kernels import quantized_matmul
+from pallas_kernels.stored import from_bits, to_bits
 
 
 class Linear(nnx.Module):
@@ -17,7 +18,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, out=None) -> jax.Array:
         """`x [..., in]` -> `[..., out]` in dtype `out` (default: x's)."""
-        y = dot(x, self.kernel[...])
+        y = quantized_matmul(x, self.kernel[...], out_dtype=jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype if out is None else out)
@@ -31,8 +32,27 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """`ids` int `[...]` -> `[..., d]`."""
-        return jnp.take(self.table[...], ids, axis=0, mode="clip")
+        return _rows(self.table[...], ids)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """`x [..., d]` -> float32 `[..., entries]`."""
-        return dot(x, self.table[...], transpose=True)
+        return quantized_matmul(x, self.table[...], transpose=True, out_dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    # As bits: of a 16-bit float table XLA's CPU compiler first turns every row into float32.
+    return from_bits(jnp.take(to_bits(table), ids, axis=0, mode="clip"), table.dtype)
+
+
+def _rows_forward(table, ids):
+    return _rows(table, ids), (ids, table.shape[0])
+
+
+def _rows_backward(saved, gradient):
+    ids, entries = saved
+    zeros = jnp.zeros((entries, gradient.shape[-1]), jnp.float32)
+    return zeros.at[ids].add(gradient.astype(jnp.float32)).astype(gradient.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)

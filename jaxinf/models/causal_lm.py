@@ -14,6 +14,7 @@ from jaxinf.layers import Block, Embedding, LayerSpec, Linear
 from jaxinf.models.spec import ModelSpec
 from jaxinf.models.spec import Segment as SegmentSpec
 from pallas_kernels.errors import InputError
+from pallas_kernels.stored import storage_dtype
 
 Layout = Literal["list", "stacked"]
 
@@ -175,7 +176,8 @@ class CausalLM(nnx.Module):
 
         Args:
           capacity: tokens; layers with a window store less where that is enough.
-          dtype: of keys and values; default: the model's.
+          dtype: of keys and values; default: the model's. On a CPU bfloat16 is stored as its bits, uint16, which
+            alone can be written in place there.
           max_append: tokens that one pass may append and then take back (1 for plain decoding).
           window, sinks: bound the memory of layers that see everything to the latest `window` tokens and the
             first `sinks` (StreamingLLM).
@@ -214,6 +216,8 @@ def init_cache(
         raise InputError(f"sinks={sinks} must be at least 0 and needs a window (window={window})")
     if window is not None and window < 1:
         raise InputError(f"window={window} must be at least 1, or None")
+
+    dtype = storage_dtype(dtype, jax.default_backend())
 
     def one(layer: LayerSpec, layers: int | None) -> LayerCache:
         a = layer.attention

@@ -196,24 +196,26 @@ DENSE, ROLLING, SINKS = (
 
 
 @pytest.mark.parametrize(
-    ("layout", "kind", "layers"),
+    ("layout", "kind", "layers", "dtype"),
     [
-        ("list", DENSE, 8),
-        ("list", SINKS, 16),  # a sink cache holds a rolling one
-        ("stacked", DENSE, 20),
-        ("stacked", ROLLING, 20),
-        ("stacked", SINKS, 20),
+        ("list", DENSE, 8, "float32"),
+        ("list", SINKS, 16, "float32"),  # a sink cache holds a rolling one
+        ("stacked", DENSE, 20, "float32"),
+        ("stacked", ROLLING, 20, "float32"),
+        ("stacked", SINKS, 20, "float32"),
+        ("list", DENSE, 32, "bfloat16"),
+        ("stacked", DENSE, 40, "bfloat16"),
     ],
-    ids=["list-dense", "list-sinks", "stacked-dense", "stacked-rolling", "stacked-sinks"],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
 )
-def test_the_cache_is_never_copied(layout: str, kind: dict, layers: int) -> None:
+def test_the_cache_is_never_copied(layout: str, kind: dict, layers: int, dtype: str) -> None:
     """Ragged prefill in pieces and decoding, as one program: temporaries stay below a tenth of the cache.
 
     A pass over a later piece of the prompt needs room for one layer's window, so there must be some layers.
     """
     shape = spec(layers=1, repeats=layers)
     weights = jax.eval_shape(lambda: model(shape, layout=layout))
-    cache = jax.eval_shape(lambda: init_cache(shape, 4, dtype=jnp.float32, layout=layout, **kind))
+    cache = jax.eval_shape(lambda: init_cache(shape, 4, dtype=jnp.dtype(dtype), layout=layout, **kind))
     program = jax.jit(generate, static_argnames=("max_new_tokens", "piece"), donate_argnames="cache")
     ints = jax.ShapeDtypeStruct((4,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((4, 80), jnp.int32)
