@@ -5,14 +5,15 @@ it; the ratios are of processor time to that of a float32 dot of one row with a 
 
 - A dot needs its operands as whole arrays, and a widened weight does not depend on the activations, so a
   program widens all its weights first and keeps them all: x11 from bfloat16 or int8, most of it page faults.
-- A float32 dot of one row runs on one thread; of two to eight rows it goes to a library that repacks the
-  weight at each call: x2.0 to x2.4. The native bfloat16 dot of that library costs x1.3 to x1.6.
+- A float32 dot of one row streams its weight at the speed of memory. One of two to eight rows goes to a
+  library that repacks the weight at each call: x2.0 to x2.4; the native bfloat16 dot of that library, x1.3 to
+  x1.6 (one row of bfloat16 is widened instead).
 - A plain sum of products goes to the same library's reduction: x1.0 to x1.4 from any dtype. A reduction with
   two results does not: it becomes one loop that widens, multiplies and adds in registers and is split over
   the threads. Inside, only a loop short enough to be unrolled leaves the next one to be vectorised. So the
   products are summed over short runs, with two independent sums at a time, and the partial sums (small, in
-  cache) are added up by a dot with ones: x0.7 from int8 and x0.8 from bfloat16 when stored [K, N], x0.4 and
-  x0.6 when stored [N, K], where a run reads consecutive bytes. In float32 it is x1.0, but on all threads.
+  cache) are added up by a dot with ones: x0.5 from int8 and x0.75 from bfloat16 when stored [K, N], x0.45 and
+  x0.6 when stored [N, K], where a run reads consecutive bytes. Two rows: x0.85 and x0.65; eight: x1.8.
 - Whatever elementwise work produced the activations would be fused in and repeated for every weight; a
   reduction with two results is never fused into its users, so it also serves as the fence (`_settled`).
 - A slice or a reshape of a 16-bit float array is computed in float32, and the widening of the whole array is
@@ -56,8 +57,10 @@ def few_rows(x: jax.Array, stored: jax.Array, dtype: jnp.dtype, *, transposed: b
 
     if rows == 1 and transposed and stored.shape[0] % 2 == 0:
         return _one_row_transposed(_settled(x)[0], stored, widen)
-    if rows == 1 and not transposed and inner % (2 * _RUN) == 0:
-        return _one_row(_settled(x)[0], stored, widen)
+    # Measured: longer runs pay for int8 alone.
+    run = 16 if stored.dtype == jnp.int8 and inner % 32 == 0 else _RUN
+    if rows == 1 and not transposed and inner % (2 * run) == 0:
+        return _one_row(_settled(x)[0], stored, widen, run)
     padded = _settled(jnp.pad(x, ((0, rows % 2), (0, 0))))
     return _pairs_of_rows(padded, stored, widen, transposed)[:rows]
 
@@ -86,13 +89,13 @@ def _over_ones(partial: jax.Array, *, leading: bool) -> jax.Array:
     return jnp.dot(ones, partial, precision="highest") if leading else jnp.dot(partial, ones, precision="highest")
 
 
-def _one_row(x: jax.Array, stored: jax.Array, widen: Callable) -> jax.Array:
+def _one_row(x: jax.Array, stored: jax.Array, widen: Callable, run: int) -> jax.Array:
     # The two sums: the upper and the lower half of K.
-    columns, blocks = stored.shape[1], x.shape[0] // (2 * _RUN)
-    weight = stored.reshape(2, blocks, _RUN, columns)
-    x = x.reshape(2, blocks, _RUN, 1)
+    columns, blocks = stored.shape[1], x.shape[0] // (2 * run)
+    weight = stored.reshape(2, blocks, run, columns)
+    x = x.reshape(2, blocks, run, 1)
     upper, lower = _sums(x[0] * widen(weight[0]), x[1] * widen(weight[1]), 1)
-    return _over_ones(upper + lower, leading=True)[None]
+    return (_over_ones(upper, leading=True) + _over_ones(lower, leading=True))[None]
 
 
 def _one_row_transposed(x: jax.Array, stored: jax.Array, widen: Callable) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.grouped_matmul import reference, xla
@@ -85,7 +86,7 @@ def _validate(lhs, rhs, group_sizes, rhs_scale, implementation) -> None:
         wanted = (rhs.shape[0], rhs.shape[2])
         if rhs_scale.shape != wanted or rhs_scale.dtype != jnp.float32:
             raise InputError(f"rhs_scale={rhs_scale.dtype}{list(rhs_scale.shape)} must be float32 {wanted}.")
-    if not isinstance(group_sizes, jax.core.Tracer):
+    if not isinstance(group_sizes, Tracer):
         sizes = np.asarray(group_sizes)
         if (sizes < 0).any() or sizes.sum() > lhs.shape[0]:
             raise InputError(

@@ -24,12 +24,12 @@ def quantized_matmul(
     x: jax.Array, w: jax.Array, scales: jax.Array | None = None, *, transpose: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
     """`[..., K], [K, N] or [N, K], float32 [N] or None -> [..., N]` in `out_dtype`."""
-    out = _matmul(x.reshape(-1, x.shape[-1]), w, scales, transpose)
+    out: jax.Array = _matmul(x.reshape(-1, x.shape[-1]), w, scales, transpose)
     return out.astype(out_dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x, w, scales, transpose):
+def _matmul(x, w, scales, transpose) -> jax.Array:
     out = _product(x, w, transpose)
     return out if scales is None else out * scales
 
@@ -81,9 +81,11 @@ def _cast_dot(x, w, *, transpose):
 
 def _on_cpu(x, w, *, transpose):
     rows, inner = x.shape
-    native = x.dtype == w.dtype
-    few = {jnp.dtype("float32"): 1}.get(w.dtype, 2 if native else _FEW_ROWS)
-    if w.size > _SMALL and rows <= few and cpu_products.can_fuse(inner, transpose):
+    # There is no native dot of float16 here.
+    native = x.dtype == w.dtype != jnp.float16
+    few = 2 if native else _FEW_ROWS
+    narrow = w.dtype != jnp.float32 and w.size > _SMALL
+    if narrow and rows <= few and cpu_products.can_fuse(inner, transpose):
         stored = cpu_products.bits(w)
         return cpu_products.few_rows(x.astype(jnp.float32), stored, w.dtype, transposed=transpose)
     if native and rows == 1 and x.dtype == jnp.bfloat16:
@@ -95,13 +97,12 @@ def _on_cpu(x, w, *, transpose):
 
 
 def _cast_in_tiles(x, w, transpose):
-    # There is no native dot of float16 here.
-    dtype = _common_dtype(x, w) if x.dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+    dtype = jnp.dtype(jnp.float32) if x.dtype == jnp.float16 else _common_dtype(x, w)
     axis = 0 if transpose else 1
     columns, inner = w.shape[axis], w.shape[1 - axis]
     width = max(128, _TILE_BYTES // (inner * dtype.itemsize) // 128 * 128)
     x = x.astype(dtype)
-    if columns <= width:
+    if columns <= width or w.dtype == dtype:
         return _dot(x, w.astype(dtype), transpose=transpose)
 
     def body(i, out):
