@@ -203,7 +203,7 @@ DENSE, ROLLING, SINKS = (
         ("stacked", DENSE, 20, "float32"),
         ("stacked", ROLLING, 20, "float32"),
         ("stacked", SINKS, 20, "float32"),
-        ("list", DENSE, 32, "bfloat16"),
+        ("list", DENSE, 40, "bfloat16"),
         ("stacked", DENSE, 40, "bfloat16"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
