@@ -1,113 +1,254 @@
-"""`grouped_matmul` in plain XLA: row tiles that each belong to one group, walked by a bounded loop."""
+"""`grouped_matmul` in plain XLA.
 
+On a CPU, `jax.lax.ragged_dot` multiplies every row by every matrix, and a dot inside a loop copies the matrix
+that it indexes. So the groups that have rows are visited in turn, and each takes its rows in tiles of a few
+static sizes, the largest first:
+
+- a tile of one, two or eight rows reads the matrix in place, in its stored dtype (`cpu_products`): a decode
+  step pays for its active experts alone, and for their stored bytes;
+- larger tiles first copy the matrix, cast where that is needed, in column blocks, once for all the rows of the
+  group, and go to a dot.
+
+A tile may run past its group into the next one, whose own tiles come later and overwrite it. Elsewhere than on
+a CPU this is `jax.lax.ragged_dot`, which was lowered for GPU and TPU but has not been run there.
+"""
+
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import cpu_products
+
+# Rows a group has on average, up to which its products are small and read the matrix in place.
+_SMALL_MEAN = 16
+_LARGEST_TILE = 512
+_BLOCK_BYTES = 1 << 22
+
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, rhs_scale: jax.Array | None = None
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, rhs_scale: jax.Array | None, *, transpose: bool
 ) -> jax.Array:
-    """`[M, K], [G, K, N], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`."""
-    return _grouped(lhs, rhs, group_sizes, rhs_scale)
+    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`."""
+    return _grouped(lhs, rhs, group_sizes, rhs_scale, transpose)
 
 
-@jax.custom_vjp
-def _grouped(lhs, rhs, group_sizes, rhs_scale):
-    return _forward(lhs, rhs, group_sizes, rhs_scale, transpose=False, tile=_tile(lhs.shape[0], rhs.shape[0]))
-
-
-def _grouped_fwd(lhs, rhs, group_sizes, rhs_scale):
-    return _grouped(lhs, rhs, group_sizes, rhs_scale), (lhs, rhs, group_sizes, rhs_scale)
-
-
-def _grouped_bwd(saved, dout):
-    lhs, rhs, group_sizes, rhs_scale = saved
-    tile = _tile(lhs.shape[0], rhs.shape[0])
-    weighted, dscale = dout, None
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped(lhs, rhs, group_sizes, rhs_scale, transpose):
+    out = _product(lhs, rhs, group_sizes, transpose)
     if rhs_scale is not None:
-        group, _ = _groups_of_rows(group_sizes, lhs.shape[0])
+        out = out * rhs_scale[_group_of_row(group_sizes, lhs.shape[0])]
+    return out.astype(lhs.dtype)
+
+
+def _grouped_fwd(lhs, rhs, group_sizes, rhs_scale, transpose):
+    return _grouped(lhs, rhs, group_sizes, rhs_scale, transpose), (lhs, rhs, group_sizes, rhs_scale)
+
+
+def _grouped_bwd(transpose, saved, dout):
+    lhs, rhs, group_sizes, rhs_scale = saved
+    weighted, dscale, drhs = dout, None, None
+    if rhs_scale is not None:
+        group = _group_of_row(group_sizes, lhs.shape[0])
         weighted = (dout * rhs_scale[group]).astype(dout.dtype)
-        plain = _forward(lhs, rhs, group_sizes, None, transpose=False, tile=tile)
-        products = plain.astype(jnp.float32) * dout.astype(jnp.float32)
-        dscale = jnp.zeros_like(rhs_scale).at[group].add(products)
-    dlhs = _forward(weighted, rhs, group_sizes, None, transpose=True, tile=tile)
-    drhs = None
+        dscale = jnp.zeros_like(rhs_scale).at[group].add(_product(lhs, rhs, group_sizes, transpose) * dout)
+    dlhs = _product(weighted, rhs, group_sizes, not transpose).astype(lhs.dtype)
     if jnp.issubdtype(rhs.dtype, jnp.floating):
-        drhs = _weight_gradient(lhs, dout, group_sizes, tile=tile).astype(rhs.dtype)
+        left, right = (weighted, lhs) if transpose else (lhs, weighted)
+        drhs = _outer(left, right, group_sizes).astype(rhs.dtype)
     return dlhs, drhs, None, dscale
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _tile(rows: int, groups: int) -> int:
-    mean = max(1, rows // groups)
-    return min(256, max(8, 1 << (mean - 1).bit_length()), max(1, rows))
+def _group_of_row(group_sizes, rows):
+    """Group of each row; the last one for rows beyond the total."""
+    before = jnp.arange(rows)[:, None] >= jnp.cumsum(group_sizes)
+    return jnp.minimum(jnp.sum(before, axis=1), group_sizes.shape[0] - 1)
 
 
-def _groups_of_rows(group_sizes, rows):
-    """Group of each row (the last group for rows beyond the total) and which rows belong to one."""
-    ends = jnp.cumsum(group_sizes)
-    row = jnp.arange(rows)
-    group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), group_sizes.shape[0] - 1)
-    return group, row < ends[-1]
+def _product(lhs, rhs, group_sizes, transpose):
+    """float32 `lhs[i] @ rhs[g]` (or `rhs[g].T`), 0 beyond the total."""
+    if 0 in (*lhs.shape, *rhs.shape):
+        return jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose else 2]), jnp.float32)
+    return jax.lax.platform_dependent(
+        lhs,
+        rhs,
+        group_sizes,
+        cpu=partial(_product_on_cpu, transpose=transpose),
+        default=partial(_ragged_product, transpose=transpose),
+    )
 
 
-def _plan(group_sizes, rows, tile):
-    """Bounds of the groups and the index of the first tile of each; the last entry counts the tiles."""
+def _outer(left, right, group_sizes):
+    """float32 `left[rows of g].T @ right[rows of g]`, `[G, K, N]`."""
+    if 0 in (*left.shape, *right.shape):
+        return jnp.zeros((group_sizes.shape[0], left.shape[1], right.shape[1]), jnp.float32)
+    return jax.lax.platform_dependent(left, right, group_sizes, cpu=_outer_on_cpu, default=_ragged_outer)
+
+
+def _precision(dtype):
+    return "highest" if dtype == jnp.float32 else None
+
+
+def _common_dtype(lhs, rhs):
+    return lhs.dtype if rhs.dtype == jnp.int8 else jnp.promote_types(lhs.dtype, rhs.dtype)
+
+
+def _ragged_product(lhs, rhs, group_sizes, *, transpose):
+    dtype = _common_dtype(lhs, rhs)
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2 if transpose else 1,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    valid = (jnp.arange(lhs.shape[0]) < jnp.sum(group_sizes))[:, None]
+    out = jax.lax.ragged_dot_general(
+        jnp.where(valid, lhs, 0).astype(dtype),
+        rhs.astype(dtype),
+        group_sizes,
+        dimensions,
+        precision=_precision(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.where(valid, out, 0)
+
+
+def _ragged_outer(left, right, group_sizes):
+    dtype = jnp.promote_types(left.dtype, right.dtype)
+    dimensions = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    valid = (jnp.arange(left.shape[0]) < jnp.sum(group_sizes))[:, None]
+    return jax.lax.ragged_dot_general(
+        jnp.where(valid, left, 0).astype(dtype),
+        jnp.where(valid, right, 0).astype(dtype),
+        group_sizes,
+        dimensions,
+        precision=_precision(dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _visit_groups(group_sizes, rows, visit: Callable, carry):
+    """`carry = visit(g, first row, end, carry)` for each group that has rows; also returns the total."""
     ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
-    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
-    tiles = jnp.cumsum((ends - starts + tile - 1) // tile)
-    return starts, ends, tiles
+
+    def step(state):
+        row, carry = state
+        g = jnp.sum(ends <= row, dtype=jnp.int32)
+        return ends[g], visit(g, row, ends[g], carry)
+
+    _, carry = jax.lax.while_loop(lambda state: state[0] < ends[-1], step, (jnp.int32(0), carry))
+    return carry, ends[-1]
 
 
-@partial(jax.jit, static_argnames=("transpose", "tile"))
-def _forward(lhs, rhs, group_sizes, rhs_scale, *, transpose, tile):
-    rows, precision = lhs.shape[0], "highest" if lhs.dtype == jnp.float32 else None
-    starts, ends, tiles = _plan(group_sizes, rows, tile)
-    padded = jnp.pad(lhs, ((0, tile), (0, 0)))
-    columns = rhs.shape[1] if transpose else rhs.shape[2]
+def _tiles(sizes: tuple[int, ...], floor: int, row, end, visit: Callable, carry):
+    """`carry = visit(size, row, carry)` over rows up to `end`, while more than `floor` of them are left.
 
-    def body(carry):
-        t, out = carry
-        g = jnp.searchsorted(tiles, t, side="right")
-        before = jnp.where(g == 0, 0, tiles[g - 1])
-        first = starts[g] + (t - before) * tile
-        x = jax.lax.dynamic_slice_in_dim(padded, first, tile)
-        w = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False).astype(lhs.dtype)
-        contract = (((1,), (1 if transpose else 0,)), ((), ()))
-        y = jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
-        if rhs_scale is not None:
-            y = y * rhs_scale[g]
-        # The tail of a tile may run into the next group, whose own tile comes later and overwrites it.
-        out = jax.lax.dynamic_update_slice_in_dim(out, y.astype(lhs.dtype), first, 0)
-        return t + 1, out
+    A size is used while it leaves fewer rows empty than the next size has.
+    """
+    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+        least = max(size - smaller, floor) if smaller else floor
 
-    out = jnp.zeros((rows + tile, columns), lhs.dtype)
-    _, out = jax.lax.while_loop(lambda c: c[0] < tiles[-1], body, (jnp.int32(0), out))
-    return jnp.where(jnp.arange(rows)[:, None] < ends[-1], out[:rows], 0)
+        def step(state, size=size):
+            row, carry = state
+            return row + size, visit(size, row, carry)
+
+        row, carry = jax.lax.while_loop(lambda state, least=least: end - state[0] > least, step, (row, carry))
+    return row, carry
 
 
-@partial(jax.jit, static_argnames=("tile",))
-def _weight_gradient(lhs, dout, group_sizes, *, tile):
-    rows, precision = lhs.shape[0], "highest" if lhs.dtype == jnp.float32 else None
-    starts, ends, tiles = _plan(group_sizes, rows, tile)
-    x_all, d_all = jnp.pad(lhs, ((0, tile), (0, 0))), jnp.pad(dout, ((0, tile), (0, 0)))
+def _plan(rows: int, groups: int, in_place: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of the tiles that go to a dot and of those that read the matrix in place."""
+    mean = -(-rows // groups)
+    if in_place and mean <= _SMALL_MEAN:
+        small = tuple(s for s in (8, 2, 1) if s == 1 or s <= max(rows, 1))
+        return ((32,) if rows > 24 else ()), small
+    top = min(_LARGEST_TILE, max(32, 1 << (mean.bit_length() - 1)))
+    return tuple(s for s in (top, top // 4, top // 16) if s >= 8), ()
 
-    def body(carry):
-        t, grad = carry
-        g = jnp.searchsorted(tiles, t, side="right")
-        before = jnp.where(g == 0, 0, tiles[g - 1])
-        first = starts[g] + (t - before) * tile
-        mine = (first + jnp.arange(tile) < ends[g])[:, None]
-        x = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x_all, first, tile), 0)
-        d = jnp.where(mine, jax.lax.dynamic_slice_in_dim(d_all, first, tile), 0)
-        part = jax.lax.dot_general(
-            x, d, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
-        return t + 1, grad.at[g].add(part)
 
-    grad = jnp.zeros((group_sizes.shape[0], lhs.shape[1], dout.shape[1]), jnp.float32)
-    return jax.lax.while_loop(lambda c: c[0] < tiles[-1], body, (jnp.int32(0), grad))[1]
+def _product_on_cpu(lhs, rhs, group_sizes, *, transpose):
+    rows, inner = lhs.shape
+    columns = rhs.shape[1 if transpose else 2]
+    large, small = _plan(rows, rhs.shape[0], cpu_products.can_fuse(inner, transpose))
+    dtype = jnp.dtype(jnp.float32) if lhs.dtype == jnp.float16 else _common_dtype(lhs, rhs)
+    margin = max(large + small)
+    padded = jnp.pad(lhs, ((0, margin), (0, 0)))
+    exact, cast = padded.astype(jnp.float32), cpu_products.bits(padded.astype(dtype))
+    width = min(columns, max(128, _BLOCK_BYTES // (inner * dtype.itemsize) // 128 * 128))
+
+    def matrix(g, row):
+        # Tied to the loop: what depends on no row is hoisted out of it, for all the matrices at once.
+        fenced, _ = jax.lax.optimization_barrier((rhs, row))
+        return jax.lax.dynamic_index_in_dim(cpu_products.bits(fenced), g, keepdims=False)
+
+    def dots(g, row, end, out):
+        def block(state):
+            i, out = state
+            first = jnp.minimum(i * width, columns - width)
+            w = jax.lax.dynamic_slice_in_dim(matrix(g, i), first, width, 0 if transpose else 1)
+            w = cpu_products.values(w, rhs.dtype).astype(dtype)
+
+            def tile(size, row, out):
+                x = cpu_products.values(jax.lax.dynamic_slice_in_dim(cast, row, size), dtype)
+                contract = (((1,), (1 if transpose else 0,)), ((), ()))
+                y = jax.lax.dot_general(
+                    x, w, contract, precision=_precision(dtype), preferred_element_type=jnp.float32
+                )
+                return jax.lax.dynamic_update_slice(out, y, (row, first))
+
+            return i + 1, _tiles(large, floor, row, end, tile, out)[1]
+
+        floor = 24 if small else 0
+        blocks = jnp.where(end - row > floor, -(-columns // width), 0)
+        _, out = jax.lax.while_loop(lambda state: state[0] < blocks, block, (jnp.int32(0), out))
+        taken = -(-(end - row - floor) // large[0]) * large[0] if small else end - row
+        return row + jnp.where(blocks > 0, taken, 0), out
+
+    def in_place(g, row, end, out):
+        def tile(size, row, out):
+            x = jax.lax.dynamic_slice_in_dim(exact, row, size)
+            y = cpu_products.few_rows(x, matrix(g, row), rhs.dtype, transposed=transpose)
+            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+        return _tiles(small, 0, row, end, tile, out)[1]
+
+    def visit(g, row, end, out):
+        if large:
+            row, out = dots(g, row, end, out)
+        return in_place(g, row, end, out) if small else out
+
+    out = jnp.zeros((rows + margin, columns), jnp.float32)
+    out, total = _visit_groups(group_sizes, rows, visit, out)
+    return jnp.where(jnp.arange(rows)[:, None] < total, out[:rows], 0)
+
+
+def _outer_on_cpu(left, right, group_sizes):
+    rows, dtype = left.shape[0], jnp.promote_types(left.dtype, right.dtype)
+    dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+    sizes, _ = _plan(rows, group_sizes.shape[0], False)
+    left, right = (cpu_products.bits(jnp.pad(a.astype(dtype), ((0, sizes[0]), (0, 0)))) for a in (left, right))
+
+    def visit(g, row, end, grad):
+        def tile(size, row, total):
+            mine = (row + jnp.arange(size) < end)[:, None]
+            x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, row, size), 0) for a in (left, right))
+            part = jax.lax.dot_general(
+                cpu_products.values(x, dtype),
+                cpu_products.values(y, dtype),
+                (((0,), (0,)), ((), ())),
+                precision=_precision(dtype),
+                preferred_element_type=jnp.float32,
+            )
+            return total + part
+
+        zero = jnp.zeros((left.shape[1], right.shape[1]), jnp.float32)
+        _, total = _tiles(sizes, 0, row, end, tile, zero)
+        return jax.lax.dynamic_update_index_in_dim(grad, total, g, 0)
+
+    grad = jnp.zeros((group_sizes.shape[0], left.shape[1], right.shape[1]), jnp.float32)
+    return _visit_groups(group_sizes, rows, visit, grad)[0]
