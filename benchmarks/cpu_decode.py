@@ -182,7 +182,7 @@ def mixtures(rounds: int, progress) -> list[dict]:
 
 
 def cold_start(rounds: int, progress) -> list[dict]:
-    command = [sys.executable, "-m", "jaxinf.cli"]
+    command = [sys.executable, "-m", "jaxinf"]
     generate = [*command, "generate", "def fibonacci(n):", "--max-new-tokens", "1"]
 
     def seconds(arguments: list[str], cache: str) -> float:
