@@ -29,7 +29,8 @@ def test_a_core_is_what_jax_says_it_is(name):
     assert (chip.mxus, chip.mxu) == (core.num_mxus, core.mxu_column_size)
     rates = chip.bf16 / chip.cores, chip.bandwidth / chip.cores, chip.hbm / chip.cores
     given = core.bf16_ops_per_second, core.mem_bw_bytes_per_second, core.hbm_capacity_bytes
-    np.testing.assert_allclose(rates, given, rtol=0.1)
+    # JAX counts 11 % less bandwidth on a v5p than Google states.
+    np.testing.assert_allclose(rates, given, rtol=0.13)
 
 
 def test_a_mesh_in_context_names_the_chip(monkeypatch):
