@@ -23,7 +23,7 @@ from jaxinf.training.tokenizer import end_of_text, train_tokenizer
 from pallas_kernels.errors import CheckpointError, InputError
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
-HELD_OUT = Path(__file__).parents[2] / "tests" / "data" / "stdlib_heldout.xz"
+HELD_OUT = Path("tests", "data", "stdlib_heldout.xz")  # in a checkout of the project
 TOKENIZER = "tokenizer.json"
 
 

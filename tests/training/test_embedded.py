@@ -1,6 +1,7 @@
 """The weights that ship: what they are, how large, and how well they predict text they never saw."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jaxinf.training.loop import Network
 
 @pytest.fixture(scope="module")
 def held_out():
-    return read_held_out(run.HELD_OUT)
+    return read_held_out(Path(__file__).parents[1] / "data" / "stdlib_heldout.xz")
 
 
 @pytest.mark.parametrize(("name", "megabytes"), [("stdlib", 16), ("stdlib-draft", 3)])
