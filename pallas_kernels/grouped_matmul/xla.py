@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap as sequential
 
 from pallas_kernels import cpu_products
 
@@ -31,7 +32,7 @@ def grouped_matmul(
     lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, rhs_scale: jax.Array | None, *, transpose: bool
 ) -> jax.Array:
     """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`."""
-    return _grouped(lhs, rhs, group_sizes, rhs_scale, transpose)
+    return _jitted(lhs, rhs, group_sizes, rhs_scale, transpose)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -61,6 +62,8 @@ def _grouped_bwd(transpose, saved, dout):
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
+# Jitted, so that the layers of a model share one trace.
+_jitted = jax.jit(_grouped, static_argnums=4)
 
 
 def _group_of_row(group_sizes, rows):
@@ -78,7 +81,8 @@ def _product(lhs, rhs, group_sizes, transpose):
         rhs,
         group_sizes,
         cpu=partial(_product_on_cpu, transpose=transpose),
-        default=partial(_ragged_product, transpose=transpose),
+        # Under vmap one call at a time: the ragged dot has no rule for a batch of rows with shared matrices.
+        default=sequential(partial(_ragged_product, transpose=transpose)),
     )
 
 
@@ -86,7 +90,7 @@ def _outer(left, right, group_sizes):
     """float32 `left[rows of g].T @ right[rows of g]`, `[G, K, N]`."""
     if 0 in (*left.shape, *right.shape):
         return jnp.zeros((group_sizes.shape[0], left.shape[1], right.shape[1]), jnp.float32)
-    return jax.lax.platform_dependent(left, right, group_sizes, cpu=_outer_on_cpu, default=_ragged_outer)
+    return jax.lax.platform_dependent(left, right, group_sizes, cpu=_outer_on_cpu, default=sequential(_ragged_outer))
 
 
 def _precision(dtype):

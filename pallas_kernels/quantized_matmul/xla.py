@@ -24,7 +24,7 @@ def quantized_matmul(
     x: jax.Array, w: jax.Array, scales: jax.Array | None = None, *, transpose: bool, out_dtype: jnp.dtype
 ) -> jax.Array:
     """`[..., K], [K, N] or [N, K], float32 [N] or None -> [..., N]` in `out_dtype`."""
-    out: jax.Array = _matmul(x.reshape(-1, x.shape[-1]), w, scales, transpose)
+    out = _jitted(x.reshape(-1, x.shape[-1]), w, scales, transpose)
     return out.astype(out_dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -53,6 +53,8 @@ def _matmul_bwd(transpose, saved, dout):
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
+# Jitted, so that the layers of a model share one trace.
+_jitted = jax.jit(_matmul, static_argnums=3)
 
 
 def _product(x, w, transpose):

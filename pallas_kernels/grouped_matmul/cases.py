@@ -1,0 +1,91 @@
+"""Named calls of `grouped_matmul`: SMALL ones for the contract tests, MODELS for benchmarks and tuning."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and dtypes of one call. `sizes` are the rows of each group; they may leave rows over."""
+
+    name: str
+    rows: int
+    inner: int
+    columns: int
+    sizes: tuple[int, ...]
+    dtype: str = "float32"
+    weight: str = "float32"
+    transpose: bool = False
+
+    @property
+    def rhs_shape(self) -> tuple[int, int, int]:
+        matrix = (self.columns, self.inner) if self.transpose else (self.inner, self.columns)
+        return (len(self.sizes), *matrix)
+
+    def inputs(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Random lhs, rhs (integers for int8, else float32), group sizes, and the scales of an int8 rhs."""
+        random = np.random.default_rng(seed)
+        lhs = random.normal(size=(self.rows, self.inner)).astype(np.float32)
+        rhs, scale = random.normal(size=self.rhs_shape).astype(np.float32), None
+        if self.weight == "int8":
+            rhs = np.clip(np.rint(40 * rhs), -127, 127)
+            scale = random.uniform(0.01, 0.05, (len(self.sizes), self.columns)).astype(np.float32)
+        return lhs, rhs, np.asarray(self.sizes, np.int32), scale
+
+
+SMALL = [
+    Case("even", 12, 48, 40, (4, 4, 4)),
+    Case("empty-groups", 9, 64, 40, (0, 5, 0, 4, 0)),
+    Case("one-row", 1, 64, 8, (0, 1, 0)),
+    Case("one-group", 5, 64, 7, (5,)),
+    Case("all-in-one", 70, 24, 9, (0, 70, 0)),
+    Case("rows-left-over", 10, 64, 12, (3, 0, 4)),
+    Case("no-rows-used", 3, 64, 5, (0, 0)),
+    Case("odd", 11, 13, 7, (2, 6, 3)),
+    Case("a-row-each", 8, 64, 64, (1,) * 8),
+    Case("past-a-tile", 40, 64, 16, (33, 1, 0, 6)),
+    Case("many-rows", 620, 16, 24, (130, 1, 0, 489)),
+    Case("bfloat16", 12, 64, 40, (1, 9, 2), "bfloat16", "bfloat16"),
+    Case("bfloat16-many", 150, 32, 40, (20, 130), "bfloat16", "bfloat16"),
+    Case("bfloat16-weight", 7, 64, 40, (1, 4, 2), "float32", "bfloat16"),
+    Case("float16", 60, 64, 16, (3, 40, 17), "float16", "float16"),
+    Case("int8", 12, 64, 40, (1, 8, 0, 3), "float32", "int8"),
+    Case("int8-bfloat16", 40, 64, 40, (30, 8, 0, 1), "bfloat16", "int8"),
+    Case("transposed", 12, 64, 40, (1, 8, 0, 3), transpose=True),
+    Case("transposed-int8", 9, 128, 24, (1, 2, 6), "float32", "int8", transpose=True),
+    Case("transposed-bfloat16", 300, 64, 24, (200, 99), "bfloat16", "bfloat16", transpose=True),
+]
+
+# Experts of published models: how many, how many a token takes, and the sizes (in, out) of their first matrix;
+# the second is its transpose. gpt-oss and qwen3-30b-a3b have many small experts, mixtral a few large ones.
+EXPERTS = {
+    "mixtral-8x7b": (8, 2, 4096, 14336),
+    "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "gpt-oss-20b": (32, 4, 2880, 2880),
+    "deepseek-v3": (256, 8, 7168, 2048),
+}
+
+
+def _spread(tokens: int, experts: int, top: int) -> tuple[int, ...]:
+    """Rows of each expert when `tokens` tokens draw `top` experts each, evenly and at random."""
+    random = np.random.default_rng(0)
+    chosen = np.argsort(random.random((tokens, experts)), axis=1)[:, :top]
+    return tuple(int(n) for n in np.bincount(chosen.ravel(), minlength=experts))
+
+
+def _model(name: str, tokens: int, weight: str) -> list[Case]:
+    experts, top, inner, columns = EXPERTS[name]
+    sizes = _spread(tokens, experts, top)
+    label = f"{name}-{tokens}-tokens-{weight}"
+    return [
+        Case(f"{label}-up", sum(sizes), inner, columns, sizes, "bfloat16", weight),
+        Case(f"{label}-down", sum(sizes), columns, inner, sizes, "bfloat16", weight),
+    ]
+
+
+MODELS = [
+    *(case for name in EXPERTS for tokens in (1, 32, 256, 4096) for case in _model(name, tokens, "bfloat16")),
+    *(case for name in EXPERTS for tokens in (1, 32) for case in _model(name, tokens, "int8")),
+    Case("even-8-of-4096", 4096, 4096, 14336, (512,) * 8, "bfloat16", "bfloat16"),
+]
