@@ -1,6 +1,7 @@
 """How parameters are made: one helper, so that each carries its logical axes."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,14 @@ from flax import nnx
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dtype, *, std: float) -> nnx.Param:
     """A parameter drawn from N(0, std^2). `axes` names each dimension for the sharding rules."""
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value.astype(dtype), logical_axes=tuple(axes))
+    value = _draw(rngs.params(), tuple(shape), jnp.dtype(dtype), std)
+    return nnx.Param(value, logical_axes=tuple(axes))
+
+
+# Jitted, so that layers of one shape share a trace: a model of many layers is described in less time.
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def constant(value: float, shape: Sequence[int], axes: Sequence[str | None], dtype) -> nnx.Param:
