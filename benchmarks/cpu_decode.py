@@ -2,11 +2,13 @@
 
     python benchmarks/cpu_decode.py [--rounds 3] [--json out.json]      (extra: bench)
 
-Three tables:
+Four tables:
   1. a Llama-shaped checkpoint of 134.5 M random parameters (30 layers, 576 wide, 9 query and 3 KV heads, as
      SmolLM2-135M), float32 and bfloat16, through `LM.generate` and through transformers' `generate`;
   2. what a mixture of experts costs beside the dense model of its active size;
-  3. from a cold process to the first token of the embedded model, with and without the compilation cache, and
+  3. the matrix products of one decode step and of one prefill of that model, all layers and the head, with weights
+     stored in float32, bfloat16 and int8 (one scale a column), activations in float32;
+  4. from a cold process to the first token of the embedded model, with and without the compilation cache, and
      how long `jaxinf --help` takes.
 
 Each figure comes from processes of their own, run in turn round after round, so that a slow minute of the
@@ -117,6 +119,47 @@ def worker_mixture(kind: str) -> dict:
     return time_lm(LM(CausalLM(spec, rngs=nnx.Rngs(0), param_dtype=jnp.float32)))
 
 
+def worker_weights(dtype: str) -> dict:
+    """Steps a second through every matrix of the model, one after another, for one row and for a prompt."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import quantized_matmul
+
+    wide, inner, kv = SHAPE["hidden_size"], SHAPE["intermediate_size"], 64 * SHAPE["num_key_value_heads"]
+    layer = [(wide, wide), (wide, kv), (wide, kv), (wide, wide), (wide, inner), (wide, inner), (inner, wide)]
+    shapes = layer * SHAPE["num_hidden_layers"] + [(wide, SHAPE["vocab_size"])]
+    # Stored [out, in], as checkpoints have them.
+    weights = []
+    for i, (n, m) in enumerate(shapes):
+        drawn = jax.random.normal(jax.random.key(i), (m, n)) / n**0.5
+        if dtype == "int8":
+            scale = jnp.max(jnp.abs(drawn), axis=1) / 127
+            weights.append((jnp.round(drawn / scale[:, None]).astype(jnp.int8), scale))
+        else:
+            weights.append((drawn.astype(dtype), None))
+
+    @jax.jit
+    def step(x, weights):
+        # Each product takes the last one's leading columns, so that none can be left out or reordered.
+        for (w, scale), (n, _) in zip(weights, shapes, strict=True):
+            x = jnp.pad(x, ((0, 0), (0, max(0, n - x.shape[1]))))[:, :n]
+            x = quantized_matmul(x, w, scale, transpose=True)
+        return x.sum()
+
+    def rate(rows: int, steps: int) -> float:
+        x = jnp.ones((rows, wide))
+        step(x, weights).block_until_ready()
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            step(x, weights).block_until_ready()
+            times.append(time.perf_counter() - start)
+        return 1 / statistics.median(times)
+
+    return dict(decode=rate(1, 30), prefill=rate(PROMPT, 5))
+
+
 def run_worker(*arguments: str) -> dict:
     out = subprocess.run(
         [sys.executable, __file__, "--worker", *arguments], capture_output=True, text=True, check=False
@@ -181,6 +224,20 @@ def mixtures(rounds: int, progress) -> list[dict]:
     ]
 
 
+def weights(rounds: int, progress) -> list[dict]:
+    dtypes = ("float32", "bfloat16", "int8")
+    results = in_rounds(rounds, [("weights", dtype) for dtype in dtypes], progress)
+    return [
+        dict(
+            weights=dtype,
+            **{f"{w}_steps/s": statistics.median(r[w] for r in runs) for w in ("decode", "prefill")},
+            decode_ratio=against(runs, results[0], "decode"),
+            prefill_ratio=against(runs, results[0], "prefill"),
+        )
+        for dtype, runs in zip(dtypes, results, strict=True)
+    ]
+
+
 def cold_start(rounds: int, progress) -> list[dict]:
     command = [sys.executable, "-m", "jaxinf"]
     generate = [*command, "generate", "def fibonacci(n):", "--max-new-tokens", "1"]
@@ -224,7 +281,7 @@ def show(title: str, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("peers", "mixtures", "cold"), help="one table of the three")
+    parser.add_argument("--only", choices=("peers", "mixtures", "weights", "cold"), help="one table of the four")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -235,6 +292,7 @@ def main() -> None:
             transformers=worker_transformers,
             jaxinf=worker_jaxinf,
             mixture=worker_mixture,
+            weights=worker_weights,
         )
         print(json.dumps(workers[kind](*rest)))
         return
@@ -245,6 +303,7 @@ def main() -> None:
     tables = dict(
         peers=("tokens/s; ratios to transformers at the same dtype", peers),
         mixtures=("tokens/s; ratios to the dense model", mixtures),
+        weights=("matrix products alone; ratios to float32", weights),
         cold=("seconds from process start to the end of a call for one token", cold_start),
     )
     figures = {}
