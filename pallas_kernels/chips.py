@@ -150,7 +150,16 @@ def current() -> Chip:
 
     Without a TPU in sight there is nothing to learn; the v5e's block sizes fit every newer chip as well.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    kind = _kind_in_context() or jax.devices()[0].device_kind
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), CHIPS["v5e"])
+
+
+def platform() -> str:
+    """The platform that a program is traced for, by the same rule: "tpu", "cpu", "gpu"."""
+    kind = _kind_in_context()
+    return "tpu" if kind is not None and kind.startswith("TPU") else jax.default_backend()
+
+
+def _kind_in_context() -> str | None:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return None if device is None else device.device_kind

@@ -13,6 +13,7 @@ from jaxinf.cache import Cache, DenseCache, LayerCache, RollingCache, SinkCache,
 from jaxinf.layers import Block, Embedding, LayerSpec, Linear
 from jaxinf.models.spec import ModelSpec
 from jaxinf.models.spec import Segment as SegmentSpec
+from pallas_kernels import chips
 from pallas_kernels.errors import InputError
 from pallas_kernels.stored import storage_dtype
 
@@ -176,8 +177,8 @@ class CausalLM(nnx.Module):
 
         Args:
           capacity: tokens; layers with a window store less where that is enough.
-          dtype: of keys and values; default: the model's. On a CPU bfloat16 is stored as its bits, uint16, which
-            alone can be written in place there.
+          dtype: of keys and values; default: the model's. For a CPU bfloat16 is stored as its bits, uint16, which
+            alone can be written in place there; a mesh of described TPUs in context means TPUs.
           max_append: tokens that one pass may append and then take back (1 for plain decoding).
           window, sinks: bound the memory of layers that see everything to the latest `window` tokens and the
             first `sinks` (StreamingLLM).
@@ -217,7 +218,7 @@ def init_cache(
     if window is not None and window < 1:
         raise InputError(f"window={window} must be at least 1, or None")
 
-    dtype = storage_dtype(dtype, jax.default_backend())
+    dtype = storage_dtype(dtype, chips.platform())
 
     def one(layer: LayerSpec, layers: int | None) -> LayerCache:
         a = layer.attention

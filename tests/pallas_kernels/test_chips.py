@@ -18,6 +18,7 @@ def test_names():
 
 def test_without_a_tpu_the_smallest_current_chip_is_meant():
     assert chips.current().name == "v5e"
+    assert chips.platform() == jax.default_backend()
 
 
 @pytest.mark.skipif(not hasattr(pltpu, "get_tpu_info_for_chip"), reason="this JAX does not describe absent chips")
@@ -40,3 +41,4 @@ def test_a_mesh_in_context_names_the_chip(monkeypatch):
 
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", Mesh)
     assert chips.current().name == "v6e"
+    assert chips.platform() == "tpu"
