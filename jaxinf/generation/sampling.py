@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.errors import InputError
 
 _NO_TOKEN = 2**31 - 1
+_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ class SamplingParams:
         if self.temperature is None:
             raise InputError("temperature=None must be a finite number of at least 0")
         check("temperature", "a finite number of at least 0", lambda x: x >= 0 and math.isfinite(x))
-        check("top_k", "a whole number of at least 1, or None", lambda x: x >= 1 and x == int(x))
+        check(
+            "top_k",
+            "a whole number of at least 1 and below 2**31, or None",
+            lambda x: 1 <= x < 2**31 and x == int(x),
+        )
         check("top_p", "above 0 and at most 1, or None", lambda x: 0 < x <= 1)
         check("min_p", "at least 0 and below 1, or None", lambda x: 0 <= x < 1)
+        # By the range of float32, in which it is applied.
         positive = "a finite number above 0, or None"
-        check("repetition_penalty", positive, lambda x: x > 0 and math.isfinite(x))
+        check("repetition_penalty", positive, lambda x: _FLOAT32.tiny <= x <= _FLOAT32.max)
         if not isinstance(self.logit_bias, Mapping):
             raise InputError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")
         for token, bias in self.logit_bias.items():

@@ -19,7 +19,7 @@ from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages
 from jaxinf.lm.completion import Completion, Score
 from jaxinf.lm.job import Job, Stream
 from jaxinf.lm.locate import locate
-from jaxinf.lm.request import Facts, Options, Request, make_request, token_lists, window_of
+from jaxinf.lm.request import Facts, Options, Request, make_request, token_lists, whole_number, window_of
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
@@ -347,10 +347,9 @@ class LM:
           prompt_tokens: length of the prompts, or several lengths.
           batch: prompts a call.
         """
-        lengths = [prompt_tokens] if isinstance(prompt_tokens, int) else list(prompt_tokens)
-        for length in lengths:
-            if length < 1:
-                raise InputError(f"prompt_tokens={length} must be at least 1")
+        lengths = prompt_tokens if isinstance(prompt_tokens, (list, tuple)) else [prompt_tokens]
+        batch = whole_number("batch", batch, least=1)
+        for length in [whole_number("prompt_tokens", length, least=1) for length in lengths]:
             request = make_request(self._facts, [[0] * length] * batch, max_new_tokens, **{"eos": (), **options})
             running = self._begin(request)
             if max(request.limits) > 1:
@@ -400,5 +399,5 @@ def _context(spec: ModelSpec, context: int | None) -> int:
 
 
 def _only_one(request: Request) -> None:
-    if not request.single:
+    if not request.single or request.samples != 1:
         raise InputError("stream and chat give one answer to one prompt; use generate for several")

@@ -15,6 +15,7 @@ from pallas_kernels.errors import InputError
 
 DEFAULT_SINKS = 4
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+_MOST_TOKENS = 2**31 - 1  # positions are int32
 
 
 class Options(TypedDict, total=False):
@@ -106,7 +107,7 @@ def make_request(
     """
     ids, single = token_lists(facts, prompts)
     window, sinks = window_of(facts, window, sinks)
-    n = _whole("n", n, least=1)
+    n = whole_number("n", n, least=1)
     limits = _each("max_new_tokens", max_new_tokens, len(ids), least=1)
     room = _room(facts, window)
     for i, prompt in enumerate(ids):
@@ -123,6 +124,7 @@ def make_request(
                 )
             # The last token is not read again, so it needs no place in the context.
             limits[i] = min(limits[i], room - len(prompt) + 1)
+        limits[i] = min(limits[i], _MOST_TOKENS - len(prompt))
     params = sampling_params(
         facts.generation,
         temperature=temperature,
@@ -177,10 +179,10 @@ def window_of(facts: Facts, window: int | None, sinks: int | None) -> tuple[int 
     """The bounded memory to generate with: the call's, else the model's."""
     if window is None and sinks is None:
         return facts.window, facts.sinks
-    window = facts.window if window is None else _whole("window", window, least=1)
+    window = facts.window if window is None else whole_number("window", window, least=1)
     if window is None:
         raise InputError(f"sinks={sinks} needs a window: give window= too")
-    return window, DEFAULT_SINKS if sinks is None else _whole("sinks", sinks, least=0)
+    return window, DEFAULT_SINKS if sinks is None else whole_number("sinks", sinks, least=0)
 
 
 def sampling_params(
@@ -235,7 +237,8 @@ def _ids(facts: Facts, tokens: Any, which: str) -> list[int]:
     return array.tolist()
 
 
-def _whole(name: str, value: Any, *, least: int) -> int:
+def whole_number(name: str, value: Any, *, least: int) -> int:
+    """`value` as an int, or an `InputError`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
     return int(value)
@@ -248,8 +251,8 @@ def _each(name: str, value: Any, prompts: int, *, least: int) -> list[int]:
             raise InputError(
                 f"{name} has {len(value)} entries for {prompts} prompts; give one each, or one for all"
             )
-        return [_whole(f"{name}[{i}]", v, least=least) for i, v in enumerate(value)]
-    return [_whole(name, value, least=least)] * prompts
+        return [whole_number(f"{name}[{i}]", v, least=least) for i, v in enumerate(value)]
+    return [whole_number(name, value, least=least)] * prompts
 
 
 def _seeds(seed: Any, prompts: int) -> list[int]:
@@ -261,12 +264,12 @@ def _seeds(seed: Any, prompts: int) -> list[int]:
 
 
 def _stops(facts: Facts, stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) and s for s in stops):
+    stops: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"stop={stop!r} must be a string or several, none of them empty")
     if stops and facts.tokenizer is None:
         raise InputError(f"stop={stop!r} needs a tokenizer, and this model came without one; use eos=")
-    return stops
+    return tuple(stops)
 
 
 def _eos(facts: Facts, eos: int | Sequence[int]) -> list[int]:
@@ -276,7 +279,7 @@ def _eos(facts: Facts, eos: int | Sequence[int]) -> list[int]:
 def _logprobs(facts: Facts, logprobs: bool | int) -> int | None:
     if logprobs is False or logprobs is None:
         return None
-    count = 0 if logprobs is True else _whole("logprobs", logprobs, least=0)
+    count = 0 if logprobs is True else whole_number("logprobs", logprobs, least=0)
     if count > facts.spec.vocab:
         raise InputError(f"logprobs={count} must be at most the vocabulary, {facts.spec.vocab}")
     return count
@@ -285,6 +288,6 @@ def _logprobs(facts: Facts, logprobs: bool | int) -> int | None:
 def _processors(processors: Sequence[Processor]) -> tuple[Processor, ...]:
     if callable(processors):
         return (processors,)
-    if not all(callable(p) for p in processors):
+    if not isinstance(processors, Sequence) or not all(callable(p) for p in processors):
         raise InputError("processors must be functions of (logits, context)")
     return tuple(processors)

@@ -194,6 +194,13 @@ class PieceTokenizer(Tokenizer):
 def _checked(text: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"a {type(text).__name__} was given where text is needed")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair, which bytes "
+            "that are not UTF-8 become on the way in; give valid Unicode"
+        ) from None
     return text
 
 

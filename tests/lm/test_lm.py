@@ -11,6 +11,7 @@ from tiny_models import TOKENIZERS, counted, model, spec, whole
 import jaxinf
 from jaxinf.generation import Batch, Runner, SamplingParams
 from jaxinf.lm import LM, Tokenizer
+from jaxinf.lm.request import make_request, sampling_params
 from pallas_kernels.errors import InputError, UnsupportedError
 
 CONTEXT = 96
@@ -66,8 +67,6 @@ def test_samples_of_a_prompt(lm: LM) -> None:
 
 
 def test_defaults_come_from_the_generation_config(tokenizer: Tokenizer) -> None:
-    from jaxinf.lm.request import sampling_params
-
     published = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.1}
     assert sampling_params(published) == SamplingParams(0.6, None, 0.9, None, 1.1)
     assert sampling_params(published, temperature=0.0) == SamplingParams(0.0, None, 0.9, None, 1.1)
@@ -243,6 +242,9 @@ class TestBoundedMemory:
         assert len(got.tokens) == 100
         assert len(small.generate([7] * 70, 3, window=16).tokens) == 3
 
+    def test_an_answer_ends_where_positions_do(self, small: LM) -> None:
+        assert make_request(small._facts, [7] * 20, 2**40, window=16).limits == [2**31 - 1 - 20]
+
     def test_memory_stays_bounded(self, small: LM) -> None:
         sizes = {small._cache(1, tokens, 16, 4).nbytes for tokens in (20, 100, 10_000)}
         assert len(sizes) == 1
@@ -338,6 +340,10 @@ BAD = {
     "top_p of zero": ((PROMPT,), dict(top_p=0.0), "top_p"),
     "top_p of two": ((PROMPT,), dict(top_p=2.0), "top_p"),
     "top_k of zero": ((PROMPT,), dict(top_k=0), "top_k"),
+    "top_k beyond int32": ((PROMPT,), dict(top_k=2**31), "top_k"),
+    "top_k of infinity": ((PROMPT,), dict(top_k=math.inf), "top_k"),
+    "repetition_penalty that vanishes": ((PROMPT,), dict(repetition_penalty=1e-50), "repetition_penalty"),
+    "half a surrogate pair": (("a\ud800",), {}, "surrogate"),
     "min_p of one": ((PROMPT,), dict(min_p=1.0), "min_p"),
     "seeds for another batch": (([PROMPT, PROMPT],), dict(seed=[1, 2, 3]), "seed has 3 entries for 2 prompts"),
     "seed below zero": ((PROMPT,), dict(seed=-1), "seed"),
@@ -348,11 +354,13 @@ BAD = {
     "n of zero": ((PROMPT,), dict(n=0), "n=0"),
     "an empty stop": ((PROMPT,), dict(stop=""), "stop"),
     "a stop of a number": ((PROMPT,), dict(stop=[3]), "stop"),
+    "a number for a stop": ((PROMPT,), dict(stop=3), "stop"),
     "logprobs below zero": ((PROMPT,), dict(logprobs=-1), "logprobs"),
     "logprobs beyond the vocabulary": ((PROMPT,), dict(logprobs=385), "logprobs"),
     "bias beyond the vocabulary": ((PROMPT,), dict(logit_bias={384: 1.0}), "384"),
     "eos beyond the vocabulary": ((PROMPT,), dict(eos=384), "eos"),
     "a processor of a string": ((PROMPT,), dict(processors=["x"]), "processors"),
+    "a number for processors": ((PROMPT,), dict(processors=3), "processors"),
     "sinks without a window": ((PROMPT,), dict(sinks=4), "window"),
     "window of zero": ((PROMPT,), dict(window=0), "window"),
     "sinks below zero": ((PROMPT,), dict(window=8, sinks=-1), "sinks"),
@@ -375,6 +383,13 @@ def test_other_calls_refuse_several_prompts(lm: LM, call: str) -> None:
         getattr(lm, call)([PROMPT, PROMPT])
 
 
+def test_other_calls_refuse_several_answers(lm: LM) -> None:
+    with pytest.raises(InputError, match="one answer"):
+        lm.stream(PROMPT, 2, n=2)
+    with pytest.raises(InputError, match="one answer"):
+        lm.chat(MESSAGES, 2, n=2)
+
+
 def test_other_bad_input(lm: LM) -> None:
     for tokens in ([1, 2], [[1, 2], [3]], [[1] * (CONTEXT + 1)], [[0.5]]):
         with pytest.raises(InputError):
@@ -384,6 +399,11 @@ def test_other_bad_input(lm: LM) -> None:
     for stride in (0, CONTEXT + 1, 1.5):
         with pytest.raises(InputError, match="stride"):
             lm.score(PROMPT, stride=stride)
+    for lengths in (0, "x", 1.5, [1.5]):
+        with pytest.raises(InputError, match="prompt_tokens"):
+            lm.warmup(lengths)
+    with pytest.raises(InputError, match="batch=0"):
+        lm.warmup(4, batch=0)
     bare = LM(model(spec()))
     with pytest.raises(InputError, match="without a tokenizer"):
         bare.generate("text")
