@@ -34,6 +34,8 @@ _FOR_ANOTHER_LIBRARY = """
 """
 HARMLESS = frozenset(f"{_SAYS_WHO} {_FOR_THE_GENERATOR} {_FOR_TRAINING} {_FOR_ANOTHER_LIBRARY}".split())
 """Keys that change nothing about the logits, whatever they hold."""
+_TRUE_UNLESS_SAID = frozenset(["causal", "is_causal", "use_rope", "use_rotary", "use_rotary_embeddings"])
+"""Keys that change the logits where they are false; others that nobody asked for switch nothing on then."""
 
 
 class Config:
@@ -113,7 +115,7 @@ class Config:
         return UnsupportedError(f"{self._at}: {key}={self._values.get(key)!r} {why}")
 
     def finish(self) -> None:
-        """Refuses the keys that nobody asked for, unless they are harmless, false or empty."""
+        """Refuses the keys that nobody asked for, unless they are harmless, or null or false and mean "without"."""
         unknown = self._unknown()
         if unknown:
             raise UnsupportedError(
@@ -124,7 +126,7 @@ class Config:
         own = [
             f"{key}={_short(value)}"
             for key, value in self._values.items()
-            if key not in self._seen and key not in HARMLESS and value is not False
+            if key not in self._seen and key not in HARMLESS and (value is not False or key in _TRUE_UNLESS_SAID)
         ]
         inner = [f"{s._at.rsplit(': ', 1)[-1]}.{u}" for s in self._sections for u in s._unknown()]
         return own + inner

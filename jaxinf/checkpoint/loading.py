@@ -93,7 +93,7 @@ def _spec(config: dict[str, Any], at: Path) -> ModelSpec:
     kind = config.get("model_type")
     if kind == own.MODEL_TYPE:
         return own.spec_of(config, at)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(sorted([*FAMILIES, own.MODEL_TYPE]))
         raise UnsupportedError(f"{at}: model_type={kind!r} is not supported; supported are {known}")
     if quantization := config.get("quantization_config"):

@@ -324,8 +324,11 @@ class LM:
         if not single:
             raise InputError("score takes one text at a time")
         window, sinks = window_of(self._facts, window, sinks)
+        table = self.spec.learned_positions
+        if window is not None and table is not None and len(ids[0]) - 1 > table:
+            raise InputError(f"the text has {len(ids[0])} tokens, but this model has learned {table} positions")
         if window is None:
-            logprobs = self._score.windowed(ids[0], self.context, stride)
+            logprobs = self._score.windowed(ids[0], self.context, stride, padded=not self._sees_padding)
         else:
             cache = self._cache(1, len(ids[0]), window, sinks)
             logprobs = self._score.streamed(ids[0], cache)

@@ -23,20 +23,23 @@ class Scorer:
         self._plain = runner.bind(lambda model, x, y, counts: target_logprobs(model, x, y, counts)[0])
         self._cached = runner.bind(target_logprobs, static_argnames="fresh", donate_argnames="cache")
 
-    def windowed(self, ids: Sequence[int], context: int, stride: int | None) -> np.ndarray:
-        """Log-probabilities float32 `[len(ids) - 1]`, each token with what a piece of `context` tokens shows."""
+    def windowed(self, ids: Sequence[int], context: int, stride: int | None, *, padded: bool = True) -> np.ndarray:
+        """Log-probabilities float32 `[len(ids) - 1]`, each token with what a piece of `context` tokens shows.
+
+        padded: pieces may be padded and share a batch; not so where tokens compete with those beside them.
+        """
         _check_length(ids)
         if stride is None:
             stride = max(context // 2, 1)
         if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= context:
             raise InputError(f"stride={stride!r} must be from 1 to the context, {context}")
         n = len(ids) - 1
-        size = min(context, max(64, 1 << (n - 1).bit_length()))
+        size = min(context, max(64, 1 << (n - 1).bit_length()) if padded else n)
         starts = [0, *range(stride, max(n - context, 0) + stride, stride)]
         starts = [min(s, max(n - size, 0)) for s in starts] if n > context else [0]
         found = np.zeros((n,), np.float32)
         x, y = np.asarray(ids[:-1], np.int32), np.asarray(ids[1:], np.int32)
-        rows = min(_ROWS, len(starts))
+        rows = min(_ROWS, len(starts)) if padded else 1
         done = 0
         for i in range(0, len(starts), rows):
             group = starts[i : i + rows]

@@ -206,6 +206,18 @@ def _checked(text: str) -> str:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json and the files beside it say."""
+    try:
+        return _parsed(folder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"tokenizer_config.json in {folder}, or a file of the tokenizer beside it, holds what no tokenizer's "
+            f"settings hold: {error}; download it again"
+        ) from None
+
+
+def _parsed(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "tokenizer_config.json")
     special = _read_json(folder / "special_tokens_map.json") | config
     named = {name: _content(special[name]) for name in _SPECIAL if special.get(name)}
@@ -225,6 +237,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         template = path.read_text(encoding="utf-8")
     elif template is None:
         template = _read_json(folder / "chat_template.json").get("chat_template")
+    if not isinstance(template, str | None):
+        raise TypeError(f"chat_template={template!r}")
     return dict(
         special=named,
         added=added,

@@ -62,7 +62,11 @@ def test_bad_arguments(golden: Golden) -> None:
 
 
 def test_an_unknown_family_names_those_that_exist(golden: Golden) -> None:
-    folder = edit(golden("llama"), model_type="mamba")
+    folder = golden("llama")
+    for kind in (["llama"], None, 3):
+        with pytest.raises(UnsupportedError, match=r"model_type=.* is not supported; supported are"):
+            load(edit(folder, model_type=kind))
+    edit(folder, model_type="mamba")
     with pytest.raises(UnsupportedError, match=r"model_type='mamba' is not supported; .* bloom, .*qwen3"):
         load(folder)
 
@@ -79,6 +83,7 @@ def test_an_unknown_family_names_those_that_exist(golden: Golden) -> None:
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mrope_section": [1, 1, 2]}},
             r"not understood: rope_parameters.mrope_section=\[1, 1, 2\]",
         ),
+        ("qwen2", {"is_causal": False}, "not understood: is_causal=False"),
         ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder=True"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved=True"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "not understood: layer_types="),

@@ -262,6 +262,9 @@ class TestBoundedMemory:
         with pytest.raises(InputError, match="48"):
             lm.generate([1] * 60, 4, window=16)
         assert len(lm.generate([1] * 40, 60, window=16).tokens) == 9
+        assert len(lm.score([1] * 49, window=16).logprobs) == 48
+        with pytest.raises(InputError, match="learned 48 positions"):
+            lm.score([1] * 50, window=16)
 
 
 class TestScore:
@@ -424,6 +427,16 @@ def test_experts_that_choose_among_the_batch_cannot_generate() -> None:
         lm.generate([1, 2, 3], 2)
     tokens = [[1, 2, 3, 4, 5]]
     np.testing.assert_allclose(lm.logits(tokens), whole(lm.model, np.asarray(tokens)), atol=1e-4)
+    # Nothing pads a text that is scored: experts would choose the padding.
+    for ids in ([1, 2, 3, 4, 5, 6], [i * i % 20 for i in range(50)]):
+        first, last = ids[:33], ids[-33:]
+        want = [scored(lm, first), scored(lm, last)[-(len(ids) - len(first)) :] if ids != first else []]
+        np.testing.assert_allclose(lm.score(ids, stride=32).logprobs, np.concatenate(want), atol=1e-4)
+
+
+def scored(lm: LM, ids: list[int]) -> np.ndarray:
+    scores = np.asarray(jax.nn.log_softmax(lm.logits([ids[:-1]])[0], axis=-1))
+    return scores[np.arange(len(ids) - 1), ids[1:]]
 
 
 def test_the_public_face() -> None:

@@ -96,6 +96,14 @@ def test_folders_without_or_with_broken_tokenizers(folder: Path, tmp_path: Path)
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"x": "<a>"}}, {"chat_template": 5}]
+)
+def test_settings_of_another_form(folder: Path, settings: dict) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        configure(folder, **settings)
+
+
 def test_without_sentencepiece_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(InputError, match=r"jaxinf\[sentencepiece\]"):
