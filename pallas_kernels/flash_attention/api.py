@@ -5,10 +5,12 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import Implementation, check_implementation
 from pallas_kernels.errors import InputError
+from pallas_kernels.flash_attention.attention import Options, attend
 from pallas_kernels.flash_attention.blocks import Blocks
 from pallas_kernels.flash_attention.reference import reference
-from pallas_kernels.flash_attention.xla import xla
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
 from pallas_kernels.masks import Rules
 from pallas_kernels.validate import (
     FLOATS,
@@ -16,7 +18,6 @@ from pallas_kernels.validate import (
     booleans,
     check_dtype,
     check_heads,
-    check_implementation,
     check_range,
     check_shape,
     integers,
@@ -25,7 +26,7 @@ from pallas_kernels.validate import (
     window_sides,
 )
 
-Implementation = Literal["reference", "xla"]
+_SIZES = {"xla": XlaBlocks, "pallas": Blocks, "interpret": Blocks}
 
 
 @overload
@@ -47,7 +48,7 @@ def flash_attention(
     ancestor_mask: jax.Array | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
-    blocks: Blocks | None = None,
+    blocks: Blocks | XlaBlocks | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array: ...
 
@@ -71,7 +72,7 @@ def flash_attention(
     ancestor_mask: jax.Array | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
-    blocks: Blocks | None = None,
+    blocks: Blocks | XlaBlocks | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -94,7 +95,7 @@ def flash_attention(
     ancestor_mask: jax.Array | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    blocks: Blocks | None = None,
+    blocks: Blocks | XlaBlocks | None = None,
     implementation: Implementation | None = None,
 ):
     """Softmax attention of q over k and v; the formula is in `reference`.
@@ -117,8 +118,9 @@ def flash_attention(
         node's position, for windows and ALiBi, is q_offset plus its depth.
       scale: of the dot products; default D ** -0.5.
       return_lse: also return the log-sum-exp of the scores, sinks included, so that partial results can merge.
-      blocks: sizes of the blocks, for the "xla" implementation; it chooses by itself.
-      implementation: "reference" or "xla"; None chooses.
+      blocks: sizes, `Blocks` for the kernel or `XlaBlocks` for the XLA form; each chooses by itself without.
+      implementation: "reference"; "xla", block by block in plain JAX; "pallas", the kernel for TPUs; "interpret",
+        that kernel in JAX's interpreter. None: the kernel where the program is lowered for a TPU, else "xla".
 
     Returns:
       out [B, N, T, Dv] in q's dtype, and, if asked for, lse float32 [B, N, T]. A query that sees no key gives 0
@@ -126,7 +128,9 @@ def flash_attention(
       gradients read them. Differentiable in q, k, v, sinks and alibi_slopes (reverse mode).
 
     Raises:
-      InputError: shapes, dtypes or values that do not fit, the argument named.
+      InputError: shapes, dtypes or values that do not fit, the argument named; blocks that need more VMEM than the
+        chip has.
+      UnsupportedError: "pallas" or "interpret" was asked for and cannot do this call; it lists every reason.
     """
     check_dtype("q", q, FLOATS)
     check_shape("q", q, (None, None, None, None), "B, N, T, D")
@@ -138,6 +142,10 @@ def flash_attention(
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise InputError(
             f"q, k, v have dtypes {q.dtype.name}, {k.dtype.name}, {v.dtype.name}, but they must be equal."
+        )
+    if blocks is not None and implementation in _SIZES and not isinstance(blocks, _SIZES[implementation]):
+        raise InputError(
+            f"blocks={blocks}, but implementation={implementation!r} takes {_SIZES[implementation].__name__}."
         )
     left, right = window_sides(window)
     if (q_segment_ids is None) != (kv_segment_ids is None):
@@ -186,8 +194,12 @@ def flash_attention(
     scale = positive("scale", dim**-0.5 if scale is None else scale)
     assert scale is not None
     softcap = positive("softcap", softcap)
-    if check_implementation(implementation) == "reference" or 0 in (*q.shape, *v.shape):
+    check_implementation(implementation)
+    if implementation == "reference" or 0 in (*q.shape, *v.shape):
         out, lse = reference(q, k, v, sinks, alibi_slopes, rules, scale=scale, softcap=softcap)
     else:
-        out, lse = xla(q, k, v, sinks, alibi_slopes, rules, scale=scale, softcap=softcap, blocks=blocks)
+        start = 0 if q_offset is None else q_offset
+        known = int(start) if isinstance(start, int) else None
+        options = Options(implementation, scale, softcap, known, blocks)
+        out, lse = attend(options, q, k, v, sinks, alibi_slopes, rules)
     return (out, lse) if return_lse else out

@@ -1,58 +1,131 @@
-"""Block sizes of `flash_attention`."""
+"""Block sizes of the Pallas kernel of `flash_attention`."""
 
 from dataclasses import dataclass
 
+from pallas_kernels import tuned
+from pallas_kernels.chips import Chip
 from pallas_kernels.errors import InputError
+from pallas_kernels.flash_attention.schedule import MAX_TILES
 
-# Scores that are worked on at a time: on a CPU they should stay in its second-level cache (4 bytes each), on an
-# accelerator they should fill it and fit beside the model.
-CPU_SCORES = 1 << 18
-GPU_SCORES = 1 << 26
-CPU_BLOCK = 128
-GPU_BLOCK = 512
+LANES = 128
+SMALLEST = 16  # queries of a block: a tile of 16-bit numbers has 16 rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static facts of a call."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    causal: bool = True
+    window: int | None = None  # keys that a query sees at most, where a window limits both sides
+    per_head_masks: bool = False  # the block mask differs between heads: one head at a time
+    mask_bytes: int = 0  # of arrays that stay in VMEM: ancestors and the cells of a block mask
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def share(self) -> int:
+        """Query heads to a key head."""
+        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What is worked on at a time: queries, keys, rows of the batch and key heads (None: all of them).
+    """What the kernel works on at a time.
 
-    Rows and heads are rounded down to divisors of what there is.
+    Attributes:
+      q, kv: queries and keys that are copied together.
+      heads: query heads of one key head that are worked on together; rounded down to a divisor.
+      tile_q, tile_kv: what masks are decided for; tile_kv is also how many keys one product covers. tile_q is a
+        power of two of 16 or more.
+      width: query columns (of all heads together) that one product covers.
+      ahead: how many products of queries and keys are begun before the softmax of the first one.
     """
 
     q: int
     kv: int
-    rows: int | None = None
-    heads: int | None = None
+    heads: int
+    tile_q: int
+    tile_kv: int
+    width: int
+    ahead: int
 
     def __post_init__(self):
-        if any(size is not None and size < 1 for size in (self.q, self.kv, self.rows, self.heads)):
-            raise InputError(f"blocks={self}, but every size must be 1 or more.")
+        reasons = []
+        if min(self.q, self.kv, self.heads, self.tile_q, self.tile_kv, self.width) < 1 or self.ahead < 0:
+            reasons.append("every size must be 1 or more")
+        elif self.tile_q < SMALLEST or self.tile_q & (self.tile_q - 1):
+            reasons.append("tile_q must be a power of two of 16 or more")
+        elif self.q % self.tile_q or self.kv % self.tile_kv or self.tile_kv % LANES:
+            reasons.append("q must be a multiple of tile_q, kv of tile_kv, and tile_kv of 128")
+        elif self.q // self.tile_q * (self.kv // self.tile_kv) > MAX_TILES:
+            reasons.append(f"q x kv must be at most {MAX_TILES} tiles")
+        elif self.width % self.tile_q and self.tile_q % self.width:
+            reasons.append("one of width and tile_q must be a multiple of the other")
+        if reasons:
+            raise InputError(f"blocks={self}, but {'; '.join(reasons)}.")
 
-    def fit(self, batch: int, groups: int, queries: int, keys: int) -> "Blocks":
-        """The same, none larger than what there is."""
-        return Blocks(
-            min(self.q, queries),
-            min(self.kv, keys),
-            _divisor(batch, self.rows or batch),
-            _divisor(groups, self.heads or groups),
-        )
-
-
-def default_blocks(platform: str, batch: int, groups: int, share: int, queries: int, keys: int) -> Blocks:
-    """Block sizes for the XLA form; `share` query heads go with each of `groups` key heads."""
-    if platform == "cpu":
-        side, budget = CPU_BLOCK, CPU_SCORES
-    else:
-        side, budget = GPU_BLOCK, GPU_SCORES
-    if batch * groups * share * queries * keys <= budget:
-        return Blocks(queries, keys)
-    kv = min(side, keys)
-    q = max(1, min(side, queries, budget // (share * kv)))
-    heads = _divisor(groups, budget // (share * q * kv))
-    rows = _divisor(batch, budget // (groups * share * q * kv)) if heads == groups else 1
-    return Blocks(q, kv, rows, heads)
+    def fit(self, problem: Problem) -> "Blocks":
+        """The same, with no more heads, queries and keys than there are."""
+        most = 1 if problem.per_head_masks else min(self.heads, problem.share)
+        heads = next(n for n in range(most, 0, -1) if problem.share % n == 0)
+        q = min(self.q, max(SMALLEST, power_above(problem.queries)))
+        tile_kv = min(self.tile_kv, -(-problem.keys // LANES) * LANES)
+        kv = min(self.kv, -(-problem.keys // tile_kv) * tile_kv)
+        return Blocks(q, kv, heads, min(self.tile_q, q), tile_kv, self.width, self.ahead)
 
 
-def _divisor(whole: int, at_most: int) -> int:
-    """The largest divisor of `whole` that is at most `at_most`, or 1."""
-    return next(d for d in range(max(1, min(whole, at_most)), 0, -1) if whole % d == 0)
+def power_above(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def bucket(problem: Problem) -> str:
+    """Key of the tuned tables."""
+    p = problem
+    window = "" if p.window is None else f" window {power_above(p.window)}"
+    return (
+        f"{p.dtype} heads {p.share} dims {p.head_dim}/{p.value_dim} queries {power_above(p.queries)} "
+        f"keys {power_above(p.keys)}{' causal' if p.causal else ''}{window}"
+    )
+
+
+def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
+    """What the kernel holds in VMEM: copies in flight, scratch and the scores being worked on."""
+    p, b = problem, blocks.fit(problem)
+    columns = b.heads * b.q
+    dim, value = (-(-n // LANES) * LANES for n in (p.head_dim, p.value_dim))
+    copied = 2 * p.itemsize * (columns * (dim + value) + b.kv * (dim + value))
+    scratch = p.itemsize * (columns * dim + b.kv * (dim + value + 16)) + 4 * columns * (value + 16)
+    scores = 4 * (b.ahead + 2) * b.tile_kv * max(b.width, LANES) * (3 if p.itemsize == 4 else 2)
+    return copied + scratch + scores + p.mask_bytes
+
+
+def heuristic(problem: Problem, chip: Chip) -> Blocks:
+    """About 2048 query columns against 512 keys, in tiles of 256 x 256; less where VMEM is short."""
+    heads = problem.share if problem.share <= 8 else 8
+    q = max(256, 2048 // heads)
+    blocks = Blocks(1 << (q.bit_length() - 1), 512, heads, 256, 256, 256, 6).fit(problem)
+    while vmem_bytes(problem, blocks) > tuned.budget(chip) and blocks.q > blocks.tile_q:
+        blocks = Blocks(blocks.q // 2, blocks.kv, blocks.heads, blocks.tile_q, blocks.tile_kv, blocks.width, 4)
+    return blocks
+
+
+def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
+    """What a search tries."""
+    found = {}
+    for q in (256, 512, 1024, 2048):
+        for kv in (256, 512, 1024, 2048):
+            for tile, width, ahead in ((256, 256, 6), (256, 512, 3), (512, 512, 2)):
+                if q >= tile <= kv and (q // tile) * (kv // tile) <= MAX_TILES:
+                    blocks = Blocks(q, kv, 8, tile, tile, width, ahead).fit(problem)
+                    found[blocks] = None
+    return list(found)

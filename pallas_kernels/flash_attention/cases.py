@@ -1,13 +1,22 @@
 """Named calls of `flash_attention`: SMALL ones for the contract tests, MODELS for benchmarks and tuning."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention_shapes import SHAPES
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.flash_attention.blocks import Blocks
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
+from pallas_kernels.named import Call, Work
+from pallas_kernels.validate import window_sides
 
 Maker = Callable[[np.random.Generator, "Case"], np.ndarray]
 
@@ -36,6 +45,35 @@ class Case:
             (self.batch, self.kv_heads, self.keys, self.head_dim),
             (self.batch, self.kv_heads, self.keys, self.value_dim),
         )
+
+    @property
+    def visible(self) -> int:
+        """Pairs of a query and a key that it sees, of one row and head, by the causal rule and the window."""
+        t = np.arange(self.queries)
+        left, right = window_sides(self.options.get("window"))
+        causal = self.options.get("causal", True)
+        ends = np.minimum(t + 1 if causal else self.keys, self.keys if right is None else t + right + 1)
+        starts = 0 if left is None else t - left
+        return int(np.maximum(np.minimum(ends, self.keys) - np.maximum(starts, 0), 0).sum())
+
+    def call(
+        self, implementation: Implementation | None = "pallas", blocks: Blocks | XlaBlocks | None = None
+    ) -> Call:
+        """This call, for masks that are causal or windows; q, k, v are shapes only."""
+        q, k, v = (jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype)) for shape in self.shapes)
+        random = np.random.default_rng(0)
+        names = list(self.arrays)
+        made = [self.arrays[name](random, self) for name in names]
+
+        def fn(q, k, v, *arrays):
+            given = dict(zip(names, arrays, strict=True))
+            return flash_attention(q, k, v, **self.options, **given, blocks=blocks, implementation=implementation)
+
+        pairs = self.batch * self.heads * self.visible
+        size = q.dtype.itemsize
+        moved = sum(math.prod(shape) for shape in self.shapes) + math.prod(self.shapes[0][:3]) * self.value_dim
+        work = Work(2.0 * pairs * (self.head_dim + self.value_dim), float(size * moved), self.dtype)
+        return Call(fn, (q, k, v, *made), work)
 
     def inputs(self, seed: int = 0) -> tuple[list[np.ndarray], dict[str, Any]]:
         """Random q, k, v in float32, and the options."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.blocks import Blocks, default_blocks
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks, default_blocks
 from pallas_kernels.masks import Rules, distances, live_blocks, take, visible
 
 
@@ -17,7 +17,17 @@ class Plan:
 
     scale: float
     softcap: float | None
-    blocks: Blocks | None
+    blocks: XlaBlocks | None
+
+
+def by_groups(
+    q: jax.Array, sinks: jax.Array | None, slopes: jax.Array | None, groups: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """q [B, N, ...] as [B, K, G, ...], what is [N] as [K, G]: G query heads to each of K key heads."""
+    batch, heads = q.shape[:2]
+    shape = (groups, heads // groups)
+    sinks, slopes = (None if x is None else x.reshape(shape) for x in (sinks, slopes))
+    return q.reshape(batch, *shape, *q.shape[2:]), sinks, slopes
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def add_at(whole: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Arra
     return put(whole, old + part, start, axis)
 
 
-def visits(rules: Rules, blocks: Blocks, by_keys: bool) -> tuple[Callable[[Any, Any], jax.Array], jax.Array]:
+def visits(rules: Rules, blocks: XlaBlocks, by_keys: bool) -> tuple[Callable[[Any, Any], jax.Array], jax.Array]:
     """Which blocks of keys each block of queries visits, or the reverse: the n-th of block i, and how many."""
     _, q_starts = starts(rules.queries, blocks.q)
     _, k_starts = starts(rules.keys, blocks.kv)
@@ -142,7 +152,7 @@ class Chunk:
         return jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype), start)
 
 
-def over_chunks(blocks: Blocks, batch: int, groups: int, step: Callable, totals: tuple) -> tuple:
+def over_chunks(blocks: XlaBlocks, batch: int, groups: int, step: Callable, totals: tuple) -> tuple:
     """totals = step(chunk, totals) for every chunk of rows and key heads."""
     assert blocks.rows is not None
     assert blocks.heads is not None

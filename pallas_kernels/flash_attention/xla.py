@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.blocks import Blocks
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
 from pallas_kernels.flash_attention.tiles import (
     Plan,
+    by_groups,
     cut,
     dot,
     for_platform,
@@ -26,44 +27,29 @@ from pallas_kernels.flash_attention.tiles import (
     used_keys,
     visits,
 )
-from pallas_kernels.flash_attention.xla_backward import backward
 from pallas_kernels.masks import Rules
 
 Pair = tuple[jax.Array, jax.Array]
 
 
 def xla(
+    plan: Plan,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     sinks: jax.Array | None,
     alibi_slopes: jax.Array | None,
     rules: Rules,
-    *,
-    scale: float,
-    softcap: float | None,
-    blocks: Blocks | None = None,
 ) -> Pair:
-    """The same maths, arguments and results as the reference; differentiable in q, k, v, sinks and slopes."""
-    batch, heads, queries, dim = q.shape
-    groups = k.shape[1]
-    q = q.reshape(batch, groups, heads // groups, queries, dim)
-    sinks, alibi_slopes = (None if x is None else x.reshape(groups, heads // groups) for x in (sinks, alibi_slopes))
-    out, lse = _jitted(Plan(scale, softcap, blocks), q, k, v, sinks, alibi_slopes, rules)
+    """The same maths, arguments and results as the reference."""
+    batch, heads, queries, _ = q.shape
+    q, sinks, slopes = by_groups(q, sinks, alibi_slopes, k.shape[1])
+    results = (q.dtype, jnp.dtype(jnp.float32))
+    out, lse = for_platform(plan, partial(_forward, plan), results, q, k, q, k, v, sinks, slopes, rules)
     return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
 
 
-def _primal(plan: Plan, q, k, v, sinks, slopes, rules) -> Pair:
-    results = (q.dtype, jnp.dtype(jnp.float32))
-    return for_platform(plan, partial(_forward, plan), results, q, k, q, k, v, sinks, slopes, rules)
-
-
-def _save(plan: Plan, q, k, v, sinks, slopes, rules):
-    out, lse = _primal(plan, q, k, v, sinks, slopes, rules)
-    return (out, lse), (q, k, v, sinks, slopes, rules, out, lse)
-
-
-def _forward(plan: Plan, blocks: Blocks, q, k, v, sinks, slopes, rules: Rules) -> Pair:
+def _forward(plan: Plan, blocks: XlaBlocks, q, k, v, sinks, slopes, rules: Rules) -> Pair:
     batch, groups, share = q.shape[:3]
 
     def step(chunk, totals):
@@ -83,7 +69,7 @@ def _forward(plan: Plan, blocks: Blocks, q, k, v, sinks, slopes, rules: Rules) -
     return over_chunks(blocks, batch, groups, step, (out, jnp.zeros(out.shape[:4])))
 
 
-def _chunk(plan: Plan, blocks: Blocks, q, k, v, sinks, slopes, rules: Rules) -> Pair:
+def _chunk(plan: Plan, blocks: XlaBlocks, q, k, v, sinks, slopes, rules: Rules) -> Pair:
     """Some rows and key heads: block by block of queries."""
     q_count, q_starts = starts(rules.queries, blocks.q)
     k_count, k_starts = starts(rules.keys, blocks.kv)
@@ -131,8 +117,3 @@ def _chunk(plan: Plan, blocks: Blocks, q, k, v, sinks, slopes, rules: Rules) -> 
     out = jnp.zeros((*q.shape[:4], v.shape[3]), q.dtype)
     return jax.lax.fori_loop(0, q_count, block, (out, jnp.zeros(out.shape[:4])))
 
-
-_attention = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_attention.defvjp(_save, backward)
-# Jitted, so that the layers of a model share one trace.
-_jitted = jax.jit(_attention, static_argnums=0)

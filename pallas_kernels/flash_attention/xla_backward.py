@@ -8,10 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.blocks import Blocks
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
 from pallas_kernels.flash_attention.tiles import (
     Plan,
     add_at,
+    by_groups,
     cut,
     dot,
     for_platform,
@@ -26,8 +27,12 @@ from pallas_kernels.masks import Rules
 
 
 def backward(plan: Plan, saved, cotangents):
+    """Gradients in q, k, v, sinks and slopes (and None for the rules); saved: these, the rules, out and lse."""
     q, k, v, sinks, slopes, rules, out, lse = saved
-    d_out, d_lse = cotangents
+    groups = k.shape[1]
+    wide = q.shape
+    q, sinks, slopes = by_groups(q, sinks, slopes, groups)
+    out, lse, d_out, d_lse = (by_groups(x, None, None, groups)[0] for x in (out, lse, *cotangents))
     # d lse / d score is the probability too, so both cotangents enter as one number for each query.
     inner = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
     base = jnp.where(lse == -jnp.inf, 0.0, lse)
@@ -37,11 +42,11 @@ def backward(plan: Plan, saved, cotangents):
     )
     d_sinks = None
     if sinks is not None:
-        d_sinks = jnp.sum(jnp.exp(sinks[:, :, None] - base) * inner, (0, 3))
-    return d_q, d_k, d_v, d_sinks, d_slopes, None
+        d_sinks = jnp.sum(jnp.exp(sinks[:, :, None] - base) * inner, (0, 3)).reshape(-1)
+    return d_q.reshape(wide), d_k, d_v, d_sinks, None if d_slopes is None else d_slopes.reshape(-1), None
 
 
-def _gradients(plan: Plan, blocks: Blocks, q, k, v, slopes, rules: Rules, d_out, base, inner):
+def _gradients(plan: Plan, blocks: XlaBlocks, q, k, v, slopes, rules: Rules, d_out, base, inner):
     batch, groups, share = q.shape[:3]
 
     def step(chunk, totals):
@@ -71,7 +76,7 @@ def _zeros_like(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.zeros(x.shape, jnp.float32)
 
 
-def _chunk(plan: Plan, blocks: Blocks, q, k, v, slopes, rules: Rules, d_out, base, inner):
+def _chunk(plan: Plan, blocks: XlaBlocks, q, k, v, slopes, rules: Rules, d_out, base, inner):
     """Some rows and key heads: block by block of keys; d_q gathers in float32 meanwhile."""
     q_count, q_starts = starts(rules.queries, blocks.q)
     k_count, k_starts = starts(rules.keys, blocks.kv)

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels import cache_append, flash_attention, flash_decode
 from pallas_kernels.errors import InputError
-from pallas_kernels.flash_attention import Blocks
+from pallas_kernels.flash_attention import XlaBlocks
 from pallas_kernels.flash_decode import Blocks as DecodeBlocks
 
 Q, KV = jnp.ones((2, 4, 3, 8)), jnp.ones((2, 2, 5, 8))
@@ -105,7 +105,7 @@ def test_append_refuses(changes, message):
 
 def test_blocks_refuse():
     with pytest.raises(InputError, match="blocks="):
-        Blocks(0, 4)
+        XlaBlocks(0, 4)
     with pytest.raises(InputError, match="blocks="):
         DecodeBlocks(-1)
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import Blocks
+from pallas_kernels.flash_attention import Blocks, XlaBlocks
 from pallas_kernels.flash_attention.cases import MODELS, SMALL, tree
 
 CASES = {case.name: case for case in SMALL}
-SMALL_BLOCKS = (Blocks(8, 16), Blocks(5, 7, rows=1, heads=1))
+SMALL_BLOCKS = (XlaBlocks(8, 16), XlaBlocks(5, 7, rows=1, heads=1))
 VARIANTS = [
     (case, implementation, blocks)
     for number, case in enumerate(SMALL)
@@ -98,7 +98,7 @@ def everything_of(blocks):
 
 
 @given(st.data())
-@pytest.mark.parametrize("blocks", [None, Blocks(4, 3, rows=1)], ids=["whole", "blocks"])
+@pytest.mark.parametrize("blocks", [None, XlaBlocks(4, 3, rows=1)], ids=["whole", "blocks"])
 def test_any_mask(blocks, data):
     """Random lengths, offsets, segments in any order, block masks and trees in one compiled program."""
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -133,7 +133,7 @@ def test_transforms():
     lengths = jnp.array([[9], [4], [0]])
 
     def one(q, k, v, lengths):
-        return flash_attention(q, k, v, lengths=lengths, blocks=Blocks(4, 4))
+        return flash_attention(q, k, v, lengths=lengths, blocks=XlaBlocks(4, 4))
 
     alone = jnp.stack([one(*args) for args in zip(q, k, v, lengths, strict=True)])
     np.testing.assert_allclose(jax.vmap(one)(q, k, v, lengths), alone, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.flash_attention.blocks import Blocks, default_blocks
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks, default_blocks
 from pallas_kernels.flash_attention.tiles import visits
 from pallas_kernels.masks import Rules, live_blocks, ring_positions
 
@@ -67,7 +67,7 @@ def test_dead_blocks_are_hidden(data):
 )
 def test_loops_visit_only_live_blocks(causal, left, wanted):
     rules = Rules(queries=16, keys=16, causal=causal, left=left, right=None, q_offset=jnp.zeros(1, jnp.int32))
-    visit, counts = visits(rules, Blocks(4, 4), by_keys=False)
+    visit, counts = visits(rules, XlaBlocks(4, 4), by_keys=False)
     np.testing.assert_array_equal(counts, wanted)
     if causal:
         assert [int(visit(i, int(n) - 1)) for i, n in enumerate(wanted)] == [0, 1, 2, 3]
@@ -78,7 +78,7 @@ def test_block_mask_picks_blocks_one_by_one():
     rules = Rules(
         queries=8, keys=16, causal=False, left=None, right=None, q_offset=jnp.zeros(1, jnp.int32), blocks=cells
     )
-    visit, counts = visits(rules, Blocks(4, 4), by_keys=False)
+    visit, counts = visits(rules, XlaBlocks(4, 4), by_keys=False)
     assert [[int(visit(i, n)) for n in range(int(counts[i]))] for i in range(2)] == [[0, 3], [1]]
 
 

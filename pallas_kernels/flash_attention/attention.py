@@ -1,0 +1,67 @@
+"""The differentiable op behind `flash_attention`: an implementation forward, block by block in XLA backward."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.flash_attention.blocks import Blocks
+from pallas_kernels.flash_attention.kernel import pallas, unsupported
+from pallas_kernels.flash_attention.reference import reference
+from pallas_kernels.flash_attention.tiles import Plan
+from pallas_kernels.flash_attention.xla import xla
+from pallas_kernels.flash_attention.xla_backward import backward
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
+from pallas_kernels.masks import Rules
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is fixed while tracing. `offset` is the position of the first query, where it is known."""
+
+    implementation: Implementation | None
+    scale: float
+    softcap: float | None
+    offset: int | None
+    blocks: Blocks | XlaBlocks | None
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.scale, self.softcap, self.blocks if isinstance(self.blocks, XlaBlocks) else None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: Options, q, k, v, sinks, slopes, rules: Rules) -> Pair:
+    maths = dict(scale=options.scale, softcap=options.softcap)
+    sizes = options.blocks if isinstance(options.blocks, Blocks) else None
+    return dispatch(
+        "flash_attention",
+        options.implementation,
+        q,
+        k,
+        v,
+        sinks,
+        slopes,
+        rules,
+        reference=partial(reference, **maths),
+        xla=partial(xla, options.plan),
+        pallas=partial(pallas, **maths, offset=options.offset, blocks=sizes),
+        unsupported=unsupported(q.dtype, q.shape[3], v.shape[3], rules),
+    )
+
+
+def _save(options: Options, *arrays):
+    out, lse = _attend(options, *arrays)
+    return (out, lse), (*arrays, out, lse)
+
+
+def _gradients(options: Options, saved, cotangents):
+    return backward(options.plan, saved, cotangents)
+
+
+_attend.defvjp(_save, _gradients)
+# The arguments and results of `reference`. Jitted, so that the layers of a model share one trace.
+attend = jax.jit(_attend, static_argnums=0)
