@@ -1,12 +1,15 @@
 """Attention of the newest few tokens over a cache: decoding, and verification of drafted tokens."""
 
+from functools import partial
 from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import Implementation, check_implementation, dispatch
 from pallas_kernels.errors import InputError
-from pallas_kernels.flash_decode.blocks import Blocks
+from pallas_kernels.flash_decode.blocks import LANES, Blocks
+from pallas_kernels.flash_decode.kernel import pallas
 from pallas_kernels.flash_decode.reference import reference
 from pallas_kernels.flash_decode.xla import xla
 from pallas_kernels.masks import Rules
@@ -16,7 +19,6 @@ from pallas_kernels.validate import (
     ancestors,
     check_dtype,
     check_heads,
-    check_implementation,
     check_range,
     check_shape,
     integers,
@@ -25,8 +27,6 @@ from pallas_kernels.validate import (
     stacked_layer,
     window_sides,
 )
-
-Implementation = Literal["reference", "xla"]
 
 
 @overload
@@ -101,7 +101,8 @@ def flash_decode(
       q: [B, N, T, D], float32, bfloat16 or float16; query t of row b is at position lengths[b] - T + t.
       k: [B, K, S, D], or stacked [L, B, K, S, D] with `layer`; N a multiple of K. float32, bfloat16, float16, int8,
         float8, or uint16 for the bits of bfloat16, which a CPU appends to in place.
-      v: the same with Dv for D, in k's dtype.
+      v: the same with Dv for D, in k's dtype. Where keys and values are one array (latent attention), pass k
+        itself: the kernel reads it once.
       lengths: int32 [B], tokens of each row, the T new ones among them, 0..S+T (a ring: 0 or more). Slots beyond
         S do not exist, so a row whose last queries are padding may count them. At 0 the row is empty.
       layer: which layer of a stacked cache, 0..L-1; may be traced (out of range then means the nearest layer).
@@ -111,8 +112,9 @@ def flash_decode(
       return_lse: also return the log-sum-exp of the scores, sinks included.
       ring: position p lives in slot p % S, so that slot s holds the largest position below lengths[b] that is
         s modulo S. Slots with no such position are unused.
-      blocks: slots read at a time by the "xla" implementation; it chooses by itself.
-      implementation: "reference" or "xla"; None chooses.
+      blocks: slots of the cache that are read at a time; None chooses.
+      implementation: "reference", "xla", "pallas" or "interpret" (the kernel in the TPU interpreter); None takes
+        the kernel on TPUs and "xla" elsewhere.
 
     Returns:
       out [B, N, T, Dv] in q's dtype, and, if asked for, lse float32 [B, N, T]. A query that sees no key gives 0
@@ -121,6 +123,7 @@ def flash_decode(
 
     Raises:
       InputError: shapes, dtypes or values that do not fit, the argument named.
+      UnsupportedError: "pallas" or "interpret" was asked for and the kernel cannot serve the call.
     """
     check_dtype("q", q, FLOATS)
     check_shape("q", q, (None, None, None, None), "B, N, T, D")
@@ -160,12 +163,36 @@ def flash_decode(
     scale = positive("scale", dim**-0.5 if scale is None else scale)
     assert scale is not None
     softcap = positive("softcap", softcap)
+    shared = v is k
     if not stacked:
         k, v = k[None], v[None]
         k_scale, v_scale = (None if x is None else x[None] for x in (k_scale, v_scale))
-    arrays = (q, k, v, layer, k_scale, v_scale, sinks, alibi_slopes, rules)
-    if check_implementation(implementation) == "reference" or 0 in (*q.shape, slots):
-        out, lse = reference(*arrays, scale=scale, softcap=softcap, ring=ring)
-    else:
-        out, lse = xla(*arrays, scale=scale, softcap=softcap, ring=ring, blocks=blocks)
-    return (out, lse) if return_lse else out
+    check_implementation(implementation)
+    common = dict(scale=scale, softcap=softcap, ring=ring)
+
+    def results(form, q, k, v, *rest, **options):
+        return form(q, k, k if v is None else v, *rest, **common, **options)[: 1 + return_lse]
+
+    # Zero-sized arrays have one answer, and no kernel.
+    out = dispatch(
+        "flash_decode",
+        "reference" if 0 in (*q.shape, *v.shape) else implementation,
+        *(q, k, None if shared else v, layer, k_scale, v_scale, sinks, alibi_slopes, rules),
+        reference=partial(results, reference),
+        xla=partial(results, xla, blocks=blocks),
+        pallas=partial(pallas, blocks=blocks, return_lse=return_lse, **common),
+        unsupported=_unsupported(k, batch, blocks),
+    )
+    return tuple(out) if return_lse else out[0]
+
+
+def _unsupported(k: jax.Array, batch: int, blocks: Blocks | None) -> list[str]:
+    """Why the kernel cannot serve a call."""
+    reasons = []
+    if k.dtype == jnp.float16:
+        reasons.append("a float16 cache has no vector loads on TPUs: store bfloat16 or float32")
+    if blocks is not None and blocks.kv % LANES:
+        reasons.append(f"blocks.kv={blocks.kv} is no multiple of {LANES}")
+    if blocks is not None and batch % blocks.rows:
+        reasons.append(f"blocks.rows={blocks.rows} does not divide the batch of {batch}")
+    return reasons

@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention_shapes import SHAPES
 from pallas_kernels.flash_attention.cases import per_head, tree
+from pallas_kernels.flash_decode.api import flash_decode
+from pallas_kernels.flash_decode.blocks import Blocks
+from pallas_kernels.named import Call, Work
 
 Maker = Callable[[np.random.Generator, "Case"], np.ndarray]
 
@@ -53,6 +58,55 @@ class Case:
                 options[name] = random.uniform(0.01, 0.05, x.shape[:-1]).astype(np.float32)
         return [q, k, v], options
 
+    @property
+    def shared(self) -> bool:
+        """Whether the values are the keys: latent attention."""
+        return self.layers is not None and self.head_dim > self.value_dim
+
+    def call(self, implementation: Any = "pallas", blocks: Blocks | None = None) -> Call:
+        """The last layer's call, lengths concrete, everything else by shape."""
+        q, k, v = self.shapes
+        arrays: dict[str, Any] = dict(
+            q=jax.ShapeDtypeStruct(q, self.dtype),
+            k=jax.ShapeDtypeStruct(k, self.cache),
+            lengths=np.array(self.lengths, np.int32),
+        )
+        if not self.shared:
+            arrays["v"] = jax.ShapeDtypeStruct(v, self.cache)
+        if self.cache == "int8":
+            arrays |= {name: jax.ShapeDtypeStruct(k[:-1], jnp.float32) for name in ("k_scale", "v_scale")}
+        random = np.random.default_rng(0)
+        for name, make in self.arrays.items():
+            value = make(random, self)
+            arrays[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        layer = None if self.layers is None else self.layers - 1
+
+        def fn(*args):
+            given = dict(zip(arrays, args, strict=True))
+            if self.shared:
+                given["v"] = given["k"]
+            return flash_decode(**given, layer=layer, **self.options, implementation=implementation, blocks=blocks)
+
+        return Call(fn, tuple(arrays.values()), self.work)
+
+    @property
+    def work(self) -> Work:
+        """Scores and weighted sums of live slots; they, the queries and the results cross HBM once."""
+        live = np.clip(np.array(self.lengths), 0, self.slots)
+        window = self.options.get("window")
+        if isinstance(window, int):
+            live = np.minimum(live, window + self.queries - 1)
+        slots = float(live.sum())
+        dims = self.head_dim + self.value_dim
+        size = jnp.dtype(self.cache).itemsize
+        stored = (self.head_dim if self.shared else dims) * size + (8 if self.cache == "int8" else 0)
+        rows = self.batch * self.heads * self.queries
+        return Work(
+            flops=2.0 * self.heads * self.queries * slots * dims,
+            bytes=self.kv_heads * slots * stored + rows * dims * jnp.dtype(self.dtype).itemsize,
+            dtype="float32" if "float32" in (self.dtype, self.cache) else "bfloat16",
+        )
+
 
 def _small(
     name: str,
@@ -94,6 +148,11 @@ SMALL = (
     _small(
         "ring_tree", (9, 31), (2, 2), (5, 14), (16, 16), ring=True, ancestor_mask=tree, window=10, sinks=per_head
     ),
+    _small("long", (300, 129, 0, 128), (4, 2), (2, 300), (128, 16), sinks=per_head),
+    _small("long_window", (400, 250), (2, 1), (3, 400), (128, 128), layers=2, window=140, alibi_slopes=per_head),
+    _small("long_ring", (700, 200), (2, 1), (2, 261), (16, 128), ring=True, window=150),
+    _small("long_tree", (258, 300), (2, 1), (5, 300), (128, 16), ancestor_mask=tree),
+    _small("long_int8", (300, 7), (4, 2), (1, 300), (128, 128), cache="int8", window=170, dtype="bfloat16"),
     _small("int8", (13, 2), (4, 2), (2, 16), (64, 64), layers=2, cache="int8", window=12),
     _small("float8", (13, 2), (4, 2), (2, 16), (64, 64), cache="float8_e4m3fn"),
     _small("bfloat16", (13, 2), (4, 2), (2, 16), (256, 256), layers=2, dtype="bfloat16", cache="bfloat16"),

@@ -1,16 +1,18 @@
 """The contract of `flash_decode`: every implementation against the rules."""
 
 import functools
+import math
 
 import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import flash_decode
+from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.flash_decode import Blocks
 from pallas_kernels.flash_decode.cases import MODELS, SMALL
 from pallas_kernels.stored import to_bits
@@ -19,7 +21,14 @@ CASES = {case.name: case for case in SMALL}
 VARIANTS = [
     (case, implementation, blocks)
     for case in SMALL
-    for implementation, blocks in (("reference", None), ("xla", None), ("xla", Blocks(5)))
+    for implementation, blocks in (
+        ("reference", None),
+        ("xla", None),
+        ("xla", Blocks(5)),
+        ("interpret", None),
+        ("interpret", Blocks(128, depth=2, rows=math.gcd(case.batch, 2), splits=2)),
+    )
+    if implementation != "interpret" or blocks is None or case.slots > 128
 ]
 
 
@@ -96,24 +105,60 @@ def test_contract(case, implementation, blocks):
 
 
 @functools.cache
-def ragged(ring):
+def ragged(ring, implementation):
+    blocks = {"xla": Blocks(3), "interpret": Blocks(128, rows=3)}[implementation]
     return jax.jit(
-        lambda q, k, v, lengths: flash_decode(
-            q, k, v, lengths, window=7, ring=ring, blocks=Blocks(3), return_lse=True
+        functools.partial(
+            flash_decode, window=7, ring=ring, blocks=blocks, return_lse=True, implementation=implementation
         )
     )
 
 
 @given(st.booleans(), st.lists(st.integers(0, 40), min_size=3, max_size=3), st.integers(0, 99))
 def test_any_lengths(ring, lengths, seed):
+    check_lengths("xla", ring, lengths, seed)
+
+
+@settings(max_examples=8)
+@given(st.booleans(), st.lists(st.integers(0, 40), min_size=3, max_size=3), st.integers(0, 99))
+def test_any_lengths_in_the_kernel(ring, lengths, seed):
+    check_lengths("interpret", ring, lengths, seed)
+
+
+def check_lengths(implementation, ring, lengths, seed):
     random = np.random.default_rng(seed)
     lengths = np.array(lengths if ring else [min(n, 13) for n in lengths])
     q, k, v = (random.normal(size=(3, n, t, 8)).astype(np.float32) for n, t in ((4, 2), (2, 11), (2, 11)))
     want_out, want_lse, seen = oracle.decode(q, k, v, lengths, ring=ring, window=7)
     used = oracle.used_keys(seen, 2)
-    out, lse = ragged(ring)(q, oracle.poisoned(k, used), oracle.poisoned(v, used), lengths)
+    out, lse = ragged(ring, implementation)(q, oracle.poisoned(k, used), oracle.poisoned(v, used), lengths)
     close(out, want_out, 3e-6)
     close(lse, want_lse, 3e-6)
+
+
+def test_values_may_be_the_keys():
+    """Latent attention: the same answer as with the values given apart, the latent read once."""
+    random = np.random.default_rng(0)
+    q, k = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 4, 2, 24), (2, 1, 140, 24)))
+    lengths = np.array([140, 3])
+    want = flash_decode(q, k, k + 0, lengths, implementation="reference")
+    for implementation in ("reference", "xla", "interpret"):
+        got = flash_decode(q, k, k, lengths, blocks=Blocks(128), implementation=implementation)
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_the_kernel_says_what_it_cannot_do():
+    q, cache = jnp.zeros((3, 2, 1, 8)), jnp.zeros((3, 1, 9, 8), jnp.float16)
+    call = functools.partial(flash_decode, q, cache, cache, np.array([9, 9, 9]), blocks=Blocks(100, rows=2))
+    with pytest.raises(UnsupportedError, match=r"float16.*kv=100.*rows=2"):
+        call(implementation="pallas")
+    assert call().shape == q.shape
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    q, cache = jnp.zeros((1, 8, 1, 128)), jnp.zeros((1, 8, 16384, 128))
+    with pytest.raises(InputError, match=r"MiB of VMEM in flash_decode"):
+        flash_decode(q, cache, cache, np.array([9]), blocks=Blocks(16384), implementation="interpret")
 
 
 def test_layer_under_transforms():
@@ -136,17 +181,8 @@ def test_layer_under_transforms():
 
 @pytest.mark.parametrize("case", [case for case in MODELS if case.batch == 32], ids=lambda case: case.name)
 def test_named_cases_are_calls(case):
-    (q, k, v), made = case.shapes, {}
-    random = np.random.default_rng(0)
-    for name, make in case.arrays.items():
-        made[name] = jnp.asarray(make(random, case))
-    arrays = [jax.ShapeDtypeStruct(q, case.dtype), *(jax.ShapeDtypeStruct(x, case.cache) for x in (k, v))]
-    lengths = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-    scale = jax.ShapeDtypeStruct(k[:-1], jnp.float32)
-    scales = dict(k_scale=scale, v_scale=scale) if case.cache == "int8" else {}
-
-    def call(arrays, lengths, scales):
-        return flash_decode(*arrays, lengths, layer=1, **case.options, **made, **scales)
-
-    out = jax.eval_shape(call, arrays, lengths, scales)
-    assert out.shape == (*q[:3], case.value_dim)
+    call = case.call(implementation=None)
+    out = jax.eval_shape(call.fn, *call.args)
+    assert out.shape == (*case.shapes[0][:3], case.head_dim if case.shared else case.value_dim)
+    assert call.work.flops > 0
+    assert call.work.bytes > 0
