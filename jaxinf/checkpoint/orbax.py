@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +50,39 @@ def write_orbax(folder: Path, values: dict[str, jax.Array | np.ndarray]) -> None
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute() / WEIGHTS, values)
     except OSError:
         raise
     except Exception as e:
+        # What the system said is in the message alone, of whatever type the error is.
+        if number := re.search(r"os_error_code='(\d+)'", str(e)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
         raise CheckpointError(f"orbax cannot write to {folder}: {_first_line(e)}; nothing was left behind") from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps off stderr what orbax's threads say of a failure that is raised here as well.
+
+    Those that are still under way find their event loop closed, perhaps after this block.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    def heard(unraisable) -> None:
+        if not isinstance(unraisable.exc_value, RuntimeError) or "loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    logger.addFilter(drop)
+    sys.unraisablehook = heard
+    try:
+        yield
+        sys.unraisablehook = hook
+    finally:
+        logger.removeFilter(drop)
 
 
 class OrbaxTensors(Tensors):

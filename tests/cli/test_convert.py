@@ -1,6 +1,8 @@
 """`jaxinf convert`."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 
 from jaxinf.checkpoint import load
+
+ROOT = Path(__file__).parents[2]
 
 
 def weights(folder: Path) -> list[np.ndarray]:
@@ -71,6 +75,24 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert "disk is full" in said
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert list(tmp_path.iterdir()) == [target] * overwrite
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize("form", ["safetensors", "orbax"])
+def test_a_disk_that_takes_no_more_is_one_sentence(checkpoint: Path, tmp_path: Path, form: str) -> None:
+    """The system's own refusal, in a process of its own: what other threads say of it counts too."""
+    code = (
+        "import resource, sys\n"
+        "from jaxinf.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "convert", str(checkpoint), str(tmp_path / "copy"), "--to", form]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("writing: ")]
+    assert said == [f"jaxinf: cannot write {tmp_path / 'copy'}: File too large; nothing was left behind"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sources_that_are_no_checkpoint(refused, checkpoint: Path, tmp_path: Path) -> None:
