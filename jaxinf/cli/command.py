@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from jaxinf.cli import interrupts
 from jaxinf.cli.device import DeviceError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
@@ -50,9 +51,17 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments (default: the process's) and returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:
-        _collect_less()
+    if argv is not None:
+        return _guarded(argv)
+    _collect_less()
+    interrupts.keep()
+    code = _guarded(sys.argv[1:])
+    if code == INTERRUPTED:
+        _leave(code)
+    return code
+
+
+def _guarded(arguments: Sequence[str]) -> int:
     try:
         return _run(arguments)
     except SystemExit as leave:  # argparse: --help, --version and usage errors
@@ -137,9 +146,12 @@ def _known(error: Exception) -> tuple[int, str] | None:
         return FAILED if isinstance(error, CheckpointError) and refused else BAD_INPUT, str(error)
     if isinstance(error, DeviceError):
         return FAILED, str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        of = "" if error.filename is None else f"{error.filename}: "
+        return FAILED, f"{of}{error.strerror or error}"
     if isinstance(error, MemoryError):
         return FAILED, "out of memory; take a smaller model, batch or dtype"
-    if "RESOURCE_EXHAUSTED" in str(error):  # what XLA raises
+    if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory allocating" in str(error):  # what XLA raises
         return FAILED, "the device is out of memory; take a smaller model, batch or dtype"
     return None
 
@@ -147,6 +159,14 @@ def _known(error: Exception) -> tuple[int, str] | None:
 def _fail(code: int, message: str) -> int:
     print(f"jaxinf: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: what the device still computes would outlive what Python takes down on its way."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _drop_stdout() -> None:

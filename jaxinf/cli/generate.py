@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jaxinf.cli import output
+from jaxinf.cli import interrupts, output
 from jaxinf.cli.device import open_device
 from jaxinf.cli.options import add_dtype, add_json
 
@@ -88,8 +88,14 @@ def _stream(lm: LM, given: Any, args: argparse.Namespace, prompt: str, options: 
     if args.echo:
         print(prompt, end="", flush=True)
         last = prompt
-    for last in stream:
-        print(last, end="", flush=True)
+    try:
+        for last in stream:
+            print(last, end="", flush=True)
+            interrupts.check()
+    except KeyboardInterrupt:  # while it was printed
+        rest = stream.stop()
+        print(rest, end="", flush=True)
+        last = rest or last
     if not last.endswith("\n"):
         print(flush=True)
     assert stream.completion is not None

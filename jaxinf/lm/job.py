@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
@@ -45,8 +45,8 @@ class Job:
         """All that the device emitted, tokens after a stop string included."""
         self.batch: Batch | None = None
 
-    def run(self) -> Iterator[tuple[int, str]]:
-        """`(row, new text)` as text becomes certain. A KeyboardInterrupt ends the rows and the iteration."""
+    def run(self) -> Generator[tuple[int, str], None, None]:
+        """`(row, new text)` as text becomes certain. A KeyboardInterrupt inside ends the rows and the iteration."""
         try:
             self.batch = self._start()
             self._first = time.perf_counter()
@@ -66,9 +66,20 @@ class Job:
                 steps = max(1, min(int(self._seconds / pace), 2 * steps))
                 yield from self._take()
         except KeyboardInterrupt:
-            for i, row in enumerate(self.rows):
-                if text := row.interrupt():
-                    yield i, text
+            yield from self.interrupt()
+
+    def finish(self) -> list[Completion]:
+        """Runs to the end, or to a KeyboardInterrupt; what each row wrote."""
+        try:
+            for _ in self.run():
+                pass
+        except KeyboardInterrupt:  # between two pieces
+            self.interrupt()
+        return self.completions()
+
+    def interrupt(self) -> list[tuple[int, str]]:
+        """Ends the rows where they are: `(row, text that was held back)`."""
+        return [(i, text) for i, row in enumerate(self.rows) if (text := row.interrupt())]
 
     def _take(self) -> Iterator[tuple[int, str]]:
         assert self.batch is not None
@@ -120,3 +131,10 @@ class Stream:
         except StopIteration:
             self.completion = self._job.completions()[0]
             raise
+
+    def stop(self) -> str:
+        """Ends the answer where it is, if it has not ended: the text that was held back. Sets `completion`."""
+        text = "".join(text for _, text in self._job.interrupt())
+        self._pieces.close()
+        self.completion = self._job.completions()[0]
+        return text

@@ -227,10 +227,7 @@ class LM:
             window=window,
             sinks=sinks,
         )
-        job = Job(request, self.tokenizer, lambda: self._begin(request))
-        for _ in job.run():
-            pass
-        done = job.completions()
+        done = Job(request, self.tokenizer, lambda: self._begin(request)).finish()
         if request.samples > 1:
             groups = [done[i : i + request.samples] for i in range(0, len(done), request.samples)]
             return groups[0] if request.single else groups
@@ -283,12 +280,11 @@ class LM:
             room = max(request.tokens, min(2 * request.tokens, self.context))
             cache = self._cache(1, room, window, sinks, max_append=1 + _TAKE_BACK)
         job = Job(request, self.tokenizer, lambda: self._begin(request, cache, keep), cached=keep)
-        for _ in job.run():
-            pass
+        answer = job.finish()[0]
         if job.batch is not None and job.batch.state is not None:
             held = prompt + job.emitted[0][:-1]
             self._conversation = Conversation(job.batch.state.cache, held, window, sinks)
-        return job.completions()[0]
+        return answer
 
     def chat_tokens(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next words begin."""

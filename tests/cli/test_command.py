@@ -77,6 +77,8 @@ def refusal(number: int) -> CheckpointError:
         (DeviceError("JAX cannot start"), 1, "jaxinf: JAX cannot start\n"),
         (MemoryError(), 1, "jaxinf: out of memory; take a smaller model, batch or dtype\n"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), 1, "jaxinf: the device is out of memory; take a smaller"),
+        (RuntimeError("INTERNAL: Out of memory allocating 9 bytes."), 1, "jaxinf: the device is out of memory;"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 1, "jaxinf: a/b: Permission denied\n"),
         (KeyboardInterrupt(), 130, "jaxinf: interrupted\n"),
         (BrokenPipeError(), 141, ""),
     ],

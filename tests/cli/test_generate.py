@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from jaxinf.lm import LM
 
 PROMPT = "def f(x):"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,21 @@ def test_ctrl_c_keeps_what_was_written(run, checkpoint: Path, lm: LM, monkeypatc
     assert out.strip()
     assert lm.generate(PROMPT, 50).text.startswith(out.rstrip("\n").rstrip("\ufffd"))
     assert err.endswith("(interrupted)\n")
+
+
+def test_ctrl_c_in_a_process_of_its_own(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "jaxinf", "generate", PROMPT, "--model", str(checkpoint)]
+    command += ["--window", "16", "--max-new-tokens", "1000000000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        seen = b""
+        while len(seen) < 40:  # it writes
+            seen += process.stdout.read1(64)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (seen + out).endswith(b"\n")
+    assert re.fullmatch(rb"\d+ tokens, first after .* \(interrupted\)\n", err)
 
 
 @pytest.mark.parametrize(

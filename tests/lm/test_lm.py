@@ -145,6 +145,11 @@ def test_an_interrupt_returns_what_was_written(lm: LM, monkeypatch: pytest.Monke
     assert stream.completion.finish_reason == "interrupted"
     assert stream.completion.text == text
     calls.clear()
+    stream = lm.stream(PROMPT, 40)
+    text = next(stream)
+    assert text + stream.stop() == stream.completion.text
+    assert (list(stream), stream.completion.finish_reason) == ([], "interrupted")
+    calls.clear()
     lm.chat(MESSAGES, 40)
     assert lm.chat(MESSAGES, 2).stats.cached_tokens == 0  # the interrupted call's cache is not trusted
 
