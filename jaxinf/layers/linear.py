@@ -41,8 +41,16 @@ class Embedding(nnx.Module):
 
 @jax.custom_vjp
 def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(table, ids, cpu=_rows_on_cpu, default=_take)
+
+
+def _take(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.take(table, ids, axis=0, mode="clip")
+
+
+def _rows_on_cpu(table: jax.Array, ids: jax.Array) -> jax.Array:
     # As bits: of a 16-bit float table XLA's CPU compiler first turns every row into float32.
-    return from_bits(jnp.take(to_bits(table), ids, axis=0, mode="clip"), table.dtype)
+    return from_bits(_take(to_bits(table), ids), table.dtype)
 
 
 def _rows_forward(table, ids):
