@@ -129,6 +129,7 @@ def _quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if not os.environ.get("JAX_LOGGING_LEVEL"):
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *_, **__: f"jaxinf: {message}\n"
     if not sys.warnoptions:
         for module in ("jax", "jaxlib", "flax", "orbax"):
             warnings.filterwarnings("ignore", module=rf"{module}\b")

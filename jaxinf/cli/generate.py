@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="embedded model, folder, or owner/name on the Hugging Face Hub (default: stdlib)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the checkpoint's, else 64")
     for name, (kind, metavar, text) in SAMPLING.items():
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{text} (default: the checkpoint's)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
@@ -17,6 +19,7 @@ from jaxinf.layers import ExpertChoice, MoESpec
 from jaxinf.lm import compilation_cache, scoring
 from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages
 from jaxinf.lm.completion import Completion, Score
+from jaxinf.lm.defaults import Defaults, not_done
 from jaxinf.lm.job import Job, Stream
 from jaxinf.lm.locate import locate
 from jaxinf.lm.request import Facts, Options, Request, make_request, token_lists, whole_number, window_of
@@ -35,7 +38,8 @@ class LM:
     Args:
       model: the decoder. Its weights are taken over, not copied.
       tokenizer: None: prompts are token ids and completions have no text.
-      generation: the contents of a generation_config.json: "eos_token_id", "do_sample", "temperature", ...
+      generation: the contents of a generation_config.json: "eos_token_id", "do_sample", "temperature", ...; what
+        would change answers and is not done here is warned of.
       context: tokens that a prompt and its answer may have together; None: what the model was made for.
       window, sinks: bound the memory of every generation to the latest `window` tokens and the first `sinks`
         (StreamingLLM, Xiao et al. 2024); see `generate`.
@@ -58,13 +62,17 @@ class LM:
         self.tokenizer = tokenizer
         self._runner = Runner(model)
         spec, generation = model.spec, dict(generation or {})
-        eos = generation.get("eos_token_id")
-        if eos is None and tokenizer is not None:
-            eos = tokenizer.eos_id
-        ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        facts = Facts(spec, _context(spec, context), tokenizer, generation, ends)
+        if generation.get("eos_token_id") is None and tokenizer is not None:
+            generation["eos_token_id"] = tokenizer.eos_id
+        if unmet := not_done(generation):
+            warnings.warn(
+                f"the checkpoint asks for {', '.join(unmet)} when it generates, which is not done here: answers "
+                "may differ from those of other libraries",
+                stacklevel=2,
+            )
+        facts = Facts(spec, _context(spec, context), tokenizer, Defaults.of(generation))
         window, sinks = window_of(facts, window, sinks)
-        self._facts = Facts(spec, facts.context, tokenizer, generation, ends, window, sinks)
+        self._facts = dataclasses.replace(facts, window=window, sinks=sinks)
         self._conversation: Conversation | None = None
         self._logits = self._runner.bind(lambda model, tokens: model(tokens))
         self._score = scoring.Scorer(self._runner)
@@ -120,7 +128,7 @@ class LM:
     @property
     def eos(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        return self._facts.eos
+        return self._facts.defaults.eos
 
     def logits(self, tokens: Any) -> jax.Array:
         """Logits of whole sequences: int `[B, T]` -> float32 `[B, T, V]`.
@@ -144,7 +152,7 @@ class LM:
     def generate(
         self,
         prompts: str | Sequence[int],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
         n: Literal[1] = 1,
         **options: Unpack[Options],
@@ -153,20 +161,25 @@ class LM:
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
-        max_new_tokens: int | Sequence[int] = 64,
+        max_new_tokens: int | Sequence[int] | None = None,
         *,
         n: Literal[1] = 1,
         **options: Unpack[Options],
     ) -> list[Completion]: ...
     @overload
     def generate(
-        self, prompts: Any, max_new_tokens: int | Sequence[int] = 64, *, n: int = 1, **options: Unpack[Options]
+        self,
+        prompts: Any,
+        max_new_tokens: int | Sequence[int] | None = None,
+        *,
+        n: int = 1,
+        **options: Unpack[Options],
     ) -> Any: ...
 
     def generate(
         self,
         prompts: Any,
-        max_new_tokens: int | Sequence[int] = 64,
+        max_new_tokens: int | Sequence[int] | None = None,
         *,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -187,13 +200,14 @@ class LM:
 
         Args:
           prompts: text, or a flat list of token ids: one prompt; a list of either: several.
-          max_new_tokens: for all, or one a prompt; the context may end an answer earlier.
+          max_new_tokens: for all, or one a prompt; None: generation_config.json's, else 64. The context may end
+            an answer earlier.
           temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`. What is not given comes
             from generation_config.json (sampling where it says do_sample), else the answer is greedy. A
             top_k, top_p or min_p without any temperature samples at 1.
           seed: below 2**32. Token t of a row is drawn with `fold_in(key(seed), t)`, so that it depends on no
             other row. An int serves every prompt; a list has one a prompt. Sample i of a prompt uses seed + i.
-          stop: text is cut before the first of these strings.
+          stop: text is cut before the first of these strings; None: generation_config.json's, (): none.
           n: answers a prompt. With more than one, each prompt gets a list.
           logprobs: True: log-probabilities of the tokens; a number: of that many alternatives too.
           logit_bias: token id to what is added to its logit.
@@ -233,7 +247,7 @@ class LM:
             return groups[0] if request.single else groups
         return done[0] if request.single else done
 
-    def stream(self, prompt: Any, max_new_tokens: int = 64, **options: Unpack[Options]) -> Stream:
+    def stream(self, prompt: Any, max_new_tokens: int | None = None, **options: Unpack[Options]) -> Stream:
         """Continues one prompt; an iterator over pieces of text, of whole characters, as they are certain.
 
         Args: as for `generate`, with one prompt and one answer. The answer as a whole, with its tokens and why
@@ -335,7 +349,7 @@ class LM:
     def warmup(
         self,
         prompt_tokens: int | Sequence[int] = 64,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
         batch: int = 1,
         **options: Unpack[Options],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
 
 from jaxinf.generation import Processor, SamplingParams
+from jaxinf.lm.defaults import Defaults
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import ModelSpec
 from pallas_kernels.errors import InputError
@@ -40,15 +42,14 @@ class Options(TypedDict, total=False):
 class Facts:
     """What a request is checked against.
 
-    context: tokens that a prompt and its answer may have together. generation: generation_config.json.
-    eos: ids that end an answer. window, sinks: of every generation, unless the call says otherwise.
+    context: tokens that a prompt and its answer may have together. defaults, window, sinks: of every
+      generation, unless the call says otherwise.
     """
 
     spec: ModelSpec
     context: int
     tokenizer: Tokenizer | None = None
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    eos: tuple[int, ...] = ()
+    defaults: Defaults = Defaults()
     window: int | None = None
     sinks: int = 0
 
@@ -83,7 +84,7 @@ class Request:
 def make_request(
     facts: Facts,
     prompts: Any,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: int | Sequence[int] | None,
     *,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -108,7 +109,10 @@ def make_request(
     ids, single = token_lists(facts, prompts)
     window, sinks = window_of(facts, window, sinks)
     n = whole_number("n", n, least=1)
-    limits = _each("max_new_tokens", max_new_tokens, len(ids), least=1)
+    if max_new_tokens is None:
+        limits = [facts.defaults.limit(len(prompt)) for prompt in ids]
+    else:
+        limits = _each("max_new_tokens", max_new_tokens, len(ids), least=1)
     room = _room(facts, window)
     for i, prompt in enumerate(ids):
         if room is not None:
@@ -125,8 +129,11 @@ def make_request(
             # The last token is not read again, so it needs no place in the context.
             limits[i] = min(limits[i], room - len(prompt) + 1)
         limits[i] = min(limits[i], _MOST_TOKENS - len(prompt))
+    if facts.defaults.suppressed and isinstance(logit_bias, Mapping | None):
+        never = (t for t in facts.defaults.suppressed if t < facts.spec.vocab)
+        logit_bias = dict.fromkeys(never, -math.inf) | dict(logit_bias or {})
     params = sampling_params(
-        facts.generation,
+        facts.defaults.sampling,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -145,7 +152,7 @@ def make_request(
         limits=[limit for limit in limits for _ in range(n)],
         params=[params] * (len(ids) * n),
         seeds=seeds,
-        eos=facts.eos if eos is None else tuple(_eos(facts, eos)),
+        eos=facts.defaults.eos if eos is None else tuple(_eos(facts, eos)),
         stops=_stops(facts, stop),
         logprobs=_logprobs(facts, logprobs),
         processors=_processors(processors),
@@ -264,7 +271,9 @@ def _seeds(seed: Any, prompts: int) -> list[int]:
 
 
 def _stops(facts: Facts, stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    stops: Any = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if stop is None:
+        return () if facts.tokenizer is None else facts.defaults.stops
+    stops: Any = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"stop={stop!r} must be a string or several, none of them empty")
     if stops and facts.tokenizer is None:

@@ -40,6 +40,19 @@ def test_a_folder_comes_with_tokenizer_and_defaults(folder: Path) -> None:
     assert jaxinf.LM.from_pretrained(str(folder), dtype="bfloat16", layout="stacked").model.dtype == "bfloat16"
 
 
+def test_settings_that_are_not_done_are_named_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    asks = tmp_path / "asks"
+    checkpoint.convert(folder, asks)
+    (asks / "generation_config.json").write_text('{"num_beams": 4, "max_new_tokens": 3}')
+    command = [sys.executable, "-m", "jaxinf", "generate", "def f", "--model", str(asks)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    warned, counts = done.stderr.splitlines()
+    assert warned.startswith(
+        "jaxinf: the checkpoint asks for num_beams=4 when it generates, which is not done here"
+    )
+    assert counts.startswith("3 tokens")
+
+
 def test_a_published_checkpoint_gives_its_greedy_tokens() -> None:
     from safetensors.numpy import load_file
 
