@@ -34,9 +34,12 @@ class RopeSpec:
         return jnp.asarray(self._base(), jnp.float32)
 
     @property
-    def follows_length(self) -> bool:
-        """Whether angles depend on how long a row is, so that a prompt must be read in one pass."""
-        return False
+    def settled(self) -> int | None:
+        """Tokens up to which angles do not depend on how long a row is; None: they never do.
+
+        A prompt that may be longer must be read in one pass.
+        """
+        return None
 
     @property
     def attention_factor(self) -> float:
@@ -87,8 +90,8 @@ class DynamicNTKRopeSpec(RopeSpec):
     original_max: int = 2048
 
     @property
-    def follows_length(self) -> bool:
-        return True
+    def settled(self) -> int | None:
+        return self.original_max
 
     def frequencies(self, totals):
         s = jnp.maximum(totals, self.original_max).astype(jnp.float32)
@@ -165,8 +168,8 @@ class LongRopeSpec(RopeSpec):
     factor_on_scores: float = 1.0
 
     @property
-    def follows_length(self) -> bool:
-        return True
+    def settled(self) -> int | None:
+        return self.original_max
 
     def frequencies(self, totals):
         base = self._base()

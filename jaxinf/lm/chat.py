@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
 from jaxinf.cache import Cache
+from jaxinf.lm.request import Request
+from jaxinf.models import ModelSpec
 from pallas_kernels.errors import InputError
 
 Message = Mapping[str, Any]
+
+_TAKE_BACK = 32
+"""Tokens of a conversation's end that its cache can take back where windows forget."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -78,13 +84,16 @@ class Conversation:
     window: int | None
     sinks: int
 
-    def reusable(self, prompt: Sequence[int], new: int, window: int | None, sinks: int) -> int:
+    def reusable(self, prompt: Sequence[int], new: int, window: int | None, sinks: int, settled: int | None) -> int:
         """How many tokens of the cache a pass over `prompt` and `new` more can build on, 0: none.
 
         The cache may be cut back to where both agree, unless a window has forgotten what lies before; one
-        token at least is left for the pass.
+        token at least is left for the pass. settled: the model's; beyond it keys have the angles of the pass that
+        wrote them, which are not those of a pass over the whole.
         """
         if (self.window, self.sinks) != (window, sinks):
+            return 0
+        if settled is not None and max(len(self.tokens) + 1, len(prompt)) > settled:
             return 0
         same = 0
         for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
@@ -97,6 +106,23 @@ class Conversation:
         if capacity is not None and len(prompt) + new - 1 > capacity:
             return 0
         return same
+
+
+def turn(
+    previous: Conversation | None, request: Request, spec: ModelSpec, new_cache: Callable[[int, int], Cache]
+) -> tuple[Cache, int]:
+    """The cache that the next answer goes on with, and how many tokens of its prompt are in it.
+
+    previous: its cache is used or given up. new_cache: of (tokens, max_append).
+    """
+    prompt, window, sinks = request.prompts[0], request.window, request.sinks
+    keep = 0
+    if previous is not None:
+        keep = previous.reusable(prompt, request.limits[0], window, sinks, spec.settled)
+    if previous is not None and keep:
+        return previous.cache.roll_back(jnp.full((1,), keep, jnp.int32)), keep
+    del previous  # its memory is free before the new cache takes some
+    return new_cache(request.tokens, 1 + _TAKE_BACK), 0
 
 
 def _raise(message: str):

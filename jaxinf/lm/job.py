@@ -12,12 +12,16 @@ from jaxinf.lm.completion import Completion, Stats
 from jaxinf.lm.request import Request
 from jaxinf.lm.tokenizer import Tokenizer
 
+STREAMED = {"seconds": 0.05, "steps": 1}
+"""The pace of a job whose text is read as it is written."""
+
 
 class Job:
     """Runs a batch to its end and keeps what its rows wrote.
 
     start: prefills and draws the first tokens. seconds: how long one call of the decode loop should take, so
     that text appears, stop strings act and Ctrl-C is heard in time. steps: tokens of the first call.
+    ended: called with the job once `run` has come to its end, Ctrl-C included.
     """
 
     def __init__(
@@ -29,9 +33,10 @@ class Job:
         cached: int = 0,
         seconds: float = 0.5,
         steps: int = 16,
+        ended: Callable[[Job], None] | None = None,
     ):
         self._begun = time.perf_counter()
-        self._start, self._seconds, self._steps = start, seconds, steps
+        self._start, self._seconds, self._steps, self._ended = start, seconds, steps, ended
         self._request, self._cached = request, cached
         self._first: float | None = None
         decode = None if tokenizer is None else tokenizer.decode
@@ -67,6 +72,8 @@ class Job:
                 yield from self._take()
         except KeyboardInterrupt:
             yield from self.interrupt()
+        if self._ended is not None:
+            self._ended(self)
 
     def finish(self) -> list[Completion]:
         """Runs to the end, or to a KeyboardInterrupt; what each row wrote."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinf import checkpoint
@@ -17,19 +17,26 @@ from jaxinf.cache import Cache
 from jaxinf.generation import Processor, Runner
 from jaxinf.layers import ExpertChoice, MoESpec
 from jaxinf.lm import compilation_cache, scoring
-from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages
+from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages, turn
 from jaxinf.lm.completion import Completion, Score
 from jaxinf.lm.defaults import Defaults, not_done
-from jaxinf.lm.job import Job, Stream
+from jaxinf.lm.job import STREAMED, Job, Stream
 from jaxinf.lm.locate import locate
-from jaxinf.lm.request import Facts, Options, Request, make_request, token_lists, whole_number, window_of
+from jaxinf.lm.request import (
+    Facts,
+    Options,
+    Request,
+    context_of,
+    make_request,
+    only_one,
+    token_lists,
+    whole_number,
+    window_of,
+)
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
 from pallas_kernels.errors import InputError
-
-_TAKE_BACK = 32
-"""Tokens of a conversation's end that its cache can take back where windows forget."""
 
 
 class LM:
@@ -70,7 +77,7 @@ class LM:
                 "may differ from those of other libraries",
                 stacklevel=2,
             )
-        facts = Facts(spec, _context(spec, context), tokenizer, Defaults.of(generation))
+        facts = Facts(spec, context_of(spec, context), tokenizer, Defaults.of(generation))
         window, sinks = window_of(facts, window, sinks)
         self._facts = dataclasses.replace(facts, window=window, sinks=sinks)
         self._conversation: Conversation | None = None
@@ -254,8 +261,8 @@ class LM:
         it ended, is the iterator's `completion` once it is through. Ctrl-C ends it.
         """
         request = make_request(self._facts, prompt, max_new_tokens, **options)
-        _only_one(request)
-        return Stream(Job(request, self.tokenizer, lambda: self._begin(request), seconds=0.05, steps=1))
+        only_one(request)
+        return Stream(Job(request, self.tokenizer, lambda: self._begin(request), **STREAMED))
 
     def chat(
         self,
@@ -269,7 +276,7 @@ class LM:
 
         The cache of the latest conversation is kept: what a new call has in common with it from the start on
         is not computed again (`stats.cached_tokens`). Where sliding windows have forgotten what would be
-        needed, the conversation is computed anew.
+        needed, or angles of long texts depend on their length, the conversation is computed anew.
 
         Args:
           messages: such as `[{"role": "user", "content": "Hello"}]`, from the conversation's beginning.
@@ -279,26 +286,41 @@ class LM:
         Raises:
           InputError: no chat template, or messages that it refuses.
         """
+        return self._chat(messages, max_new_tokens, template_options, options).finish()[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 256,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """The assistant's next message as an iterator over pieces of text: `chat` as `stream` gives it.
+
+        A conversation whose stream is left before its end is not kept.
+        """
+        return Stream(self._chat(messages, max_new_tokens, template_options, options, **STREAMED))
+
+    def _chat(self, messages, max_new_tokens, template_options, options: Options, **pace: Any) -> Job:
         tokens = self.chat_tokens(messages, **(template_options or {}))
         request = make_request(self._facts, tokens, max_new_tokens, **options)
-        _only_one(request)
+        only_one(request)
+        window, sinks = request.window, request.sinks
+
+        def new_cache(tokens: int, max_append: int) -> Cache:
+            room = max(tokens, min(2 * tokens, self.context))
+            return self._cache(1, room, window, sinks, max_append=max_append)
+
+        def keep(job: Job) -> None:
+            if job.batch is not None and job.batch.state is not None:
+                held = request.prompts[0] + job.emitted[0][:-1]
+                self._conversation = Conversation(job.batch.state.cache, held, window, sinks)
+
         previous, self._conversation = self._conversation, None
-        prompt, window, sinks = request.prompts[0], request.window, request.sinks
-        keep = 0
-        if previous is not None:
-            keep = previous.reusable(prompt, request.limits[0], window, sinks)
-        if previous is not None and keep:
-            cache = previous.cache.roll_back(jnp.full((1,), keep, jnp.int32))
-        else:
-            previous = None  # its memory is free before the new cache takes some
-            room = max(request.tokens, min(2 * request.tokens, self.context))
-            cache = self._cache(1, room, window, sinks, max_append=1 + _TAKE_BACK)
-        job = Job(request, self.tokenizer, lambda: self._begin(request, cache, keep), cached=keep)
-        answer = job.finish()[0]
-        if job.batch is not None and job.batch.state is not None:
-            held = prompt + job.emitted[0][:-1]
-            self._conversation = Conversation(job.batch.state.cache, held, window, sinks)
-        return answer
+        cache, cached = turn(previous, request, self.spec, new_cache)
+        begin = functools.partial(self._begin, request, cache, cached)
+        return Job(request, self.tokenizer, begin, cached=cached, ended=keep, **pace)
 
     def chat_tokens(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next words begin."""
@@ -399,18 +421,3 @@ class LM:
         return any(
             isinstance(x.ffn, MoESpec) and isinstance(x.ffn.router, ExpertChoice) for x in self.spec.layers()
         )
-
-
-def _context(spec: ModelSpec, context: int | None) -> int:
-    if context is None:
-        return spec.context
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
-        raise InputError(f"context={context!r} must be a whole number of at least 1")
-    if spec.learned_positions is not None and context > spec.learned_positions:
-        raise InputError(f"context={context}, but this model has learned {spec.learned_positions} positions")
-    return context
-
-
-def _only_one(request: Request) -> None:
-    if not request.single or request.samples != 1:
-        raise InputError("stream and chat give one answer to one prompt; use generate for several")

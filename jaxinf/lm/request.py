@@ -192,6 +192,23 @@ def window_of(facts: Facts, window: int | None, sinks: int | None) -> tuple[int 
     return window, DEFAULT_SINKS if sinks is None else whole_number("sinks", sinks, least=0)
 
 
+def context_of(spec: ModelSpec, context: int | None) -> int:
+    """`context` checked, or what the model was made for."""
+    if context is None:
+        return spec.context
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        raise InputError(f"context={context!r} must be a whole number of at least 1")
+    if spec.learned_positions is not None and context > spec.learned_positions:
+        raise InputError(f"context={context}, but this model has learned {spec.learned_positions} positions")
+    return context
+
+
+def only_one(request: Request) -> None:
+    """Refuses several prompts or answers."""
+    if not request.single or request.samples != 1:
+        raise InputError("stream and chat give one answer to one prompt; use generate for several")
+
+
 def sampling_params(
     generation: Mapping[str, Any], *, logit_bias: Mapping[int, float] | None = None, **explicit: Any
 ) -> SamplingParams:

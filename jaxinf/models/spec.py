@@ -67,8 +67,13 @@ class ModelSpec:
     @property
     def reads_prompts_whole(self) -> bool:
         """Whether a rope follows the length of the text: pieces of a prompt would turn by other angles."""
-        ropes = (layer.attention.rope for layer in self.layers())
-        return any(rope is not None and rope.follows_length for rope in ropes)
+        return self.settled is not None
+
+    @property
+    def settled(self) -> int | None:
+        """Tokens up to which no rope follows the length of the text; None: none ever does."""
+        ropes = [layer.attention.rope for layer in self.layers()]
+        return min((r.settled for r in ropes if r is not None and r.settled is not None), default=None)
 
 
 def fold(layers: Sequence[LayerSpec]) -> tuple[Segment, ...]:

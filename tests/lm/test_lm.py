@@ -10,6 +10,7 @@ from tiny_models import TOKENIZERS, counted, model, spec, whole
 
 import jaxinf
 from jaxinf.generation import Batch, Runner, SamplingParams
+from jaxinf.layers import LongRopeSpec
 from jaxinf.lm import LM, Tokenizer
 from jaxinf.lm.request import make_request, sampling_params
 from pallas_kernels.errors import InputError, UnsupportedError
@@ -215,6 +216,29 @@ class TestChat:
         got = lm.chat(short, 6)
         assert got.stats.cached_tokens == 0
         assert got.tokens == lm.generate(tokens, 6).tokens
+
+    def test_streams_are_turns_of_the_conversation(self, lm: LM) -> None:
+        lm.chat([{"role": "user", "content": "something else"}], 2)
+        stream = lm.stream_chat(MESSAGES, 8)
+        pieces = list(stream)
+        assert "".join(pieces) == stream.completion.text
+        again = lm.chat(MESSAGES, 8)
+        assert again.tokens == stream.completion.tokens
+        assert again.stats.cached_tokens == again.stats.prompt_tokens - 1
+        next(lm.stream_chat(MESSAGES, 8))  # and left
+        assert lm.chat(MESSAGES, 8).stats.cached_tokens == 0
+
+    def test_ropes_that_follow_the_length_give_what_a_whole_pass_gives(self, tokenizer: Tokenizer) -> None:
+        rope = LongRopeSpec(8, short=(1.0,) * 4, long=(2.0, 9.0, 4.0, 5.0), original_max=24)
+        lm = LM(model(spec(vocab=tokenizer.vocab_size, rope=rope)), tokenizer, {"eos_token_id": []})
+        messages, reused = list(MESSAGES), []
+        for _ in range(4):
+            answer = lm.chat(messages, 6)
+            assert answer.tokens == lm.generate(lm.chat_tokens(messages), 6).tokens
+            reused.append(answer.stats.cached_tokens > 0)
+            messages += [{"role": "assistant", "content": "answer"}, {"role": "user", "content": "pop"}]
+        assert answer.stats.prompt_tokens > rope.original_max
+        assert reused == [False, True, False, False]
 
     def test_bad_conversations(self, lm: LM) -> None:
         with pytest.raises(InputError, match="unknown role clown"):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import Blocks, XlaBlocks
+from pallas_kernels.flash_attention import XlaBlocks
 from pallas_kernels.flash_attention.cases import MODELS, SMALL, tree
 
 CASES = {case.name: case for case in SMALL}

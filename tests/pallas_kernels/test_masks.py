@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.flash_attention.xla_blocks import XlaBlocks, default_blocks
 from pallas_kernels.flash_attention.tiles import visits
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks, default_blocks
 from pallas_kernels.masks import Rules, live_blocks, ring_positions
 
 KEYS, QUERIES = 24, 12
