@@ -203,7 +203,7 @@ class LM:
         window: int | None = None,
         sinks: int | None = None,
     ) -> Any:
-        """Continues prompts. Rows of different lengths give the tokens that they give alone.
+        """Continues prompts. Rows of different lengths give the tokens that they give alone, up to rounding.
 
         Args:
           prompts: text, or a flat list of token ids: one prompt; a list of either: several.

@@ -8,6 +8,7 @@ import pytest
 
 from jaxinf import checkpoint
 from jaxinf.layers import MoESpec
+from jaxinf.lm import LM
 from jaxinf.training import recipes, run
 from jaxinf.training.corpus import read_held_out
 from jaxinf.training.loop import Network
@@ -44,6 +45,15 @@ def test_sizes():
     )
     assert target <= 7_800_000
     assert 0.08 <= draft / target <= 0.12
+
+
+def test_ragged_rows_give_what_they_give_alone(held_out):
+    lm = LM.from_pretrained("stdlib", dtype="float32")
+    text = b"".join(held_out.values()).decode(errors="replace")
+    prompts = [text[start : start + size] for start, size in ((0, 40), (9000, 700), (20_000, 9))]
+    for options in ({}, {"temperature": 0.8, "seed": 3}):
+        together = lm.generate(prompts, 12, **options)
+        assert [c.tokens for c in together] == [lm.generate(p, 12, **options).tokens for p in prompts]
 
 
 def test_both_predict_unseen_files(held_out):
