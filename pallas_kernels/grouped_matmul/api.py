@@ -1,18 +1,29 @@
 """`grouped_matmul`: signature, validation and dispatch."""
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_batching import sequential_vmap
 
+from pallas_kernels import chips, tuned
+from pallas_kernels.dispatch import Implementation, check_implementation, dispatch
 from pallas_kernels.errors import InputError, UnsupportedError
-from pallas_kernels.grouped_matmul import reference, xla
-
-Implementation = Literal["reference", "xla"]
+from pallas_kernels.grouped_matmul import blocks as sizes
+from pallas_kernels.grouped_matmul import kernel, reference, xla
+from pallas_kernels.grouped_matmul.blocks import Blocks, Problem
 
 _FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class _Static:
+    transpose: bool
+    blocks: Blocks | None
+    implementation: Implementation | None
 
 
 def grouped_matmul(
@@ -22,6 +33,7 @@ def grouped_matmul(
     *,
     rhs_scale: jax.Array | None = None,
     transpose: bool = False,
+    blocks: Blocks | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiply each row of `lhs` by the matrix of its group.
@@ -40,26 +52,83 @@ def grouped_matmul(
             stands for `rhs[g, :, n] * rhs_scale[g, n]`.
         transpose: multiply by the transposes of the matrices. On a CPU this is the faster layout for a few
             rows a group and 16- or 8-bit matrices.
-        implementation: `"reference"` (the definition), `"xla"` (fast on CPU and GPU), or None to choose.
+        blocks: sizes for the TPU kernel; chosen when None (`pallas_kernels.tuned`).
+        implementation: `"reference"` (the definition), `"xla"` (fast on CPU and GPU), `"pallas"` (the TPU kernel),
+            `"interpret"` (that kernel, interpreted). None takes the kernel for a TPU and the XLA form elsewhere.
 
     Returns:
         `[M, N]` in the dtype of `lhs`.
 
     Raises:
-        InputError: shapes or dtypes do not fit together, or `group_sizes` do not fit `M`.
-        UnsupportedError: a dtype outside those above.
+        InputError: shapes or dtypes do not fit together, `group_sizes` do not fit `M`, or `blocks` do not fit the
+            operands or VMEM.
+        UnsupportedError: a dtype outside those above; the kernel asked for by name cannot serve the call.
     """
     _validate(lhs, rhs, group_sizes, rhs_scale, transpose, implementation)
     if implementation == "reference":
         return reference.grouped_matmul(lhs, rhs, group_sizes, rhs_scale, transpose=transpose)
-    return xla.grouped_matmul(lhs, rhs, group_sizes, rhs_scale, transpose=transpose)
+    return _jitted(lhs, rhs, group_sizes, rhs_scale, _Static(transpose, blocks, implementation))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped(lhs, rhs, group_sizes, rhs_scale, static: _Static):
+    form = partial(xla.grouped_matmul, transpose=static.transpose)
+    return dispatch(
+        "grouped_matmul",
+        static.implementation,
+        lhs,
+        rhs,
+        group_sizes,
+        rhs_scale,
+        reference=form,
+        xla=form,
+        pallas=partial(_pallas, static=static),
+        unsupported=_unsupported(lhs, rhs),
+    )
+
+
+def _grouped_fwd(lhs, rhs, group_sizes, rhs_scale, static):
+    return _grouped(lhs, rhs, group_sizes, rhs_scale, static), (lhs, rhs, group_sizes, rhs_scale)
+
+
+def _grouped_bwd(static, saved, dout):
+    lhs, rhs, group_sizes, rhs_scale = saved
+    dlhs, drhs, dscale = xla.backward(lhs, rhs, group_sizes, rhs_scale, dout, transpose=static.transpose)
+    return dlhs, drhs, None, dscale
+
+
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)
+# Jitted, so that the layers of a model share one trace.
+_jitted = jax.jit(_grouped, static_argnums=4)
+
+
+def _pallas(lhs, rhs, group_sizes, rhs_scale, *, static: _Static, interpret: bool):
+    problem = Problem(
+        rows=lhs.shape[0],
+        inner=lhs.shape[1],
+        columns=rhs.shape[1 if static.transpose else 2],
+        groups=rhs.shape[0],
+        lhs=lhs.dtype.name,
+        rhs=rhs.dtype.name,
+        transpose=static.transpose,
+    )
+    if 0 in (*lhs.shape, *rhs.shape):
+        return jnp.zeros((problem.rows, problem.columns), lhs.dtype)
+    if static.blocks is not None and (reasons := sizes.refusals(problem, static.blocks)):
+        raise InputError(f"blocks={static.blocks} do not divide the operands: {'; '.join(reasons)}.")
+    chosen = tuned.choose("grouped_matmul", sizes, problem, chips.current(), static.blocks)
+    run = partial(kernel.pallas, problem=problem, blocks=chosen, interpret=interpret)
+    # The length of the grid is data, which a batch of calls cannot share.
+    return sequential_vmap(run)(lhs, rhs, group_sizes, rhs_scale)
+
+
+def _unsupported(lhs, rhs) -> list[str]:
+    named = (("lhs", lhs.dtype), ("rhs", rhs.dtype))
+    return [f"{name} is float16, which TPUs do not compute with" for name, dtype in named if dtype == jnp.float16]
 
 
 def _validate(lhs, rhs, group_sizes, rhs_scale, transpose, implementation) -> None:
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise InputError(
-            f"{implementation=} is unknown: choose one of {', '.join(get_args(Implementation))}, or None."
-        )
+    check_implementation(implementation)
     letters = "[G, N, K]" if transpose else "[G, K, N]"
     if lhs.ndim != 2 or rhs.ndim != 3 or group_sizes.ndim != 1:
         raise InputError(

@@ -1,8 +1,17 @@
 """Named calls of `grouped_matmul`: SMALL ones for the contract tests, MODELS for benchmarks and tuning."""
 
 from dataclasses import dataclass
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.blocks import Blocks
+from pallas_kernels.named import Call, Work
+from pallas_kernels.vmem import bits
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,25 @@ class Case:
             rhs = np.clip(np.rint(40 * rhs), -127, 127)
             scale = random.uniform(0.01, 0.05, (len(self.sizes), self.columns)).astype(np.float32)
         return lhs, rhs, np.asarray(self.sizes, np.int32), scale
+
+    def call(self, implementation: Implementation = "pallas", blocks: Blocks | None = None) -> Call:
+        """The op at this case's shapes, with concrete group sizes, and the least work in it."""
+        lhs = jax.ShapeDtypeStruct((self.rows, self.inner), jnp.dtype(self.dtype))
+        rhs = jax.ShapeDtypeStruct(self.rhs_shape, jnp.dtype(self.weight))
+        scale = (
+            jax.ShapeDtypeStruct((len(self.sizes), self.columns), jnp.float32) if self.weight == "int8" else None
+        )
+
+        def fn(lhs, rhs, sizes, scale):
+            run = partial(grouped_matmul, transpose=self.transpose, blocks=blocks, implementation=implementation)
+            return run(lhs, rhs, sizes, rhs_scale=scale)
+
+        used, active = sum(self.sizes), sum(size > 0 for size in self.sizes)
+        traffic = (used * self.inner + self.rows * self.columns) * bits(self.dtype)
+        traffic += active * self.inner * self.columns * bits(self.weight)
+        products = "float32" if self.dtype == "float32" else "bfloat16"
+        work = Work(2.0 * used * self.inner * self.columns, traffic / 8, products)
+        return Call(fn, (lhs, rhs, np.asarray(self.sizes, np.int32), scale), work)
 
 
 SMALL = [

@@ -32,23 +32,22 @@ def grouped_matmul(
     lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, rhs_scale: jax.Array | None, *, transpose: bool
 ) -> jax.Array:
     """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`."""
-    return _jitted(lhs, rhs, group_sizes, rhs_scale, transpose)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(lhs, rhs, group_sizes, rhs_scale, transpose):
     out = _product(lhs, rhs, group_sizes, transpose)
     if rhs_scale is not None:
         out = out * rhs_scale[_group_of_row(group_sizes, lhs.shape[0])]
     return out.astype(lhs.dtype)
 
 
-def _grouped_fwd(lhs, rhs, group_sizes, rhs_scale, transpose):
-    return _grouped(lhs, rhs, group_sizes, rhs_scale, transpose), (lhs, rhs, group_sizes, rhs_scale)
-
-
-def _grouped_bwd(transpose, saved, dout):
-    lhs, rhs, group_sizes, rhs_scale = saved
+def backward(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    rhs_scale: jax.Array | None,
+    dout: jax.Array,
+    *,
+    transpose: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Gradients of lhs, of a floating rhs, and of the scales."""
     weighted, dscale, drhs = dout, None, None
     if rhs_scale is not None:
         group = _group_of_row(group_sizes, lhs.shape[0])
@@ -58,12 +57,7 @@ def _grouped_bwd(transpose, saved, dout):
     if jnp.issubdtype(rhs.dtype, jnp.floating):
         left, right = (weighted, lhs) if transpose else (lhs, weighted)
         drhs = _outer(left, right, group_sizes).astype(rhs.dtype)
-    return dlhs, drhs, None, dscale
-
-
-_grouped.defvjp(_grouped_fwd, _grouped_bwd)
-# Jitted, so that the layers of a model share one trace.
-_jitted = jax.jit(_grouped, static_argnums=4)
+    return dlhs, drhs, dscale
 
 
 def _group_of_row(group_sizes, rows):
@@ -90,7 +84,9 @@ def _outer(left, right, group_sizes):
     """float32 `left[rows of g].T @ right[rows of g]`, `[G, K, N]`."""
     if 0 in (*left.shape, *right.shape):
         return jnp.zeros((group_sizes.shape[0], left.shape[1], right.shape[1]), jnp.float32)
-    return jax.lax.platform_dependent(left, right, group_sizes, cpu=_outer_on_cpu, default=sequential(_ragged_outer))
+    return jax.lax.platform_dependent(
+        left, right, group_sizes, cpu=_outer_on_cpu, default=sequential(_ragged_outer)
+    )
 
 
 def _precision(dtype):

@@ -1,16 +1,31 @@
 """`quantized_matmul`: signature, validation and dispatch."""
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import chips, tuned
+from pallas_kernels.dispatch import Implementation, check_implementation, dispatch
 from pallas_kernels.errors import InputError, UnsupportedError
-from pallas_kernels.quantized_matmul import reference, xla
-
-Implementation = Literal["reference", "xla"]
+from pallas_kernels.quantized_matmul import blocks as sizes
+from pallas_kernels.quantized_matmul import kernel, reference, xla
+from pallas_kernels.quantized_matmul.blocks import Blocks, Problem
+from pallas_kernels.vmem import narrow
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_NARROW = ("int8", "int4", "float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class _Static:
+    transpose: bool
+    activations: str | None
+    out_dtype: Any
+    blocks: Blocks | None
+    implementation: Implementation | None
 
 
 def quantized_matmul(
@@ -19,43 +34,123 @@ def quantized_matmul(
     scales: jax.Array | None = None,
     *,
     transpose: bool = False,
+    activations: Literal["int8"] | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
+    blocks: Blocks | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiply activations by a weight kept in its stored, possibly narrower, dtype.
 
-    Every product is exact and summed in float32 (`precision=HIGHEST` for float32), and the result is rounded
-    once, to `out_dtype`. Differentiable in reverse mode in `x`, a floating `w`, and `scales`.
+    Products are summed in float32 (`precision=HIGHEST` for float32), and the result is rounded once, to
+    `out_dtype`. Every product is exact, except that many rows of 16-bit activations meet a weight with several
+    scales a column after it was rounded to their dtype. Differentiable in reverse mode in `x`, a `w` of 16 or 32
+    bits, and `scales`.
 
     Args:
         x: float32, bfloat16 or float16 `[..., K]`, at least one axis.
-        w: float32, bfloat16, float16 or int8 `[K, N]`, or `[N, K]` with `transpose`.
-        scales: float32 `[N]`, needed with int8 `w` and refused otherwise: output channel `n` of the weight is
-            `w[:, n] * scales[n]`.
+        w: float32, bfloat16, float16, int8, int4 or float8_e4m3fn `[K, N]`, or `[N, K]` with `transpose`. int4 is
+            `jnp.int4`, which a TPU stores as two values a byte.
+        scales: float32 `[N]` or `[G, N]`, needed with a `w` of 8 or 4 bits and refused otherwise: output channel
+            `n` of the weight is `w[:, n] * scales[n]`, or `w[k, n] * scales[k // (K / G), n]`; G divides K.
         transpose: multiply by the transpose of `w`, as checkpoints and tied heads store it. On a CPU this
             is the faster layout for a few rows and a 16- or 8-bit weight.
+        activations: `"int8"` rounds each row of `x` to eight bits and its own scale, and multiplies bytes: twice
+            the peak of a v5e, v5p or v6e. Needs an int8 or int4 `w`. Gradients pass the rounding unchanged.
         out_dtype: a floating dtype; the dtype of `x` when None.
-        implementation: `"reference"` (the definition), `"xla"` (fast on CPU and GPU), or None to choose.
+        blocks: sizes for the TPU kernel; chosen when None (`pallas_kernels.tuned`).
+        implementation: `"reference"` (the definition), `"xla"` (fast on CPU and GPU), `"pallas"` (the TPU kernel),
+            `"interpret"` (that kernel, interpreted). None takes the kernel for a TPU and a `w` of 8 or 4 bits and
+            the XLA form elsewhere: a plain dot is fused with its neighbours, which no kernel is.
 
     Returns:
         `[..., N]` in `out_dtype`.
 
     Raises:
-        InputError: shapes or dtypes do not fit together.
-        UnsupportedError: a dtype outside those above.
+        InputError: shapes or dtypes do not fit together, or `blocks` do not fit them or VMEM.
+        UnsupportedError: a dtype outside those above; the kernel asked for by name cannot serve the call.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    _validate(x, w, scales, transpose, out_dtype, implementation)
+    _validate(x, w, scales, transpose, activations, out_dtype, implementation)
     if implementation == "reference":
-        return reference.quantized_matmul(x, w, scales, transpose=transpose, out_dtype=out_dtype)
-    return xla.quantized_matmul(x, w, scales, transpose=transpose, out_dtype=out_dtype)
-
-
-def _validate(x, w, scales, transpose, out_dtype, implementation) -> None:
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise InputError(
-            f"{implementation=} is unknown: choose one of {', '.join(get_args(Implementation))}, or None."
+        return reference.quantized_matmul(
+            x, w, scales, transpose=transpose, activations=activations, out_dtype=out_dtype
         )
+    if implementation is None and not narrow(w.dtype.name):
+        implementation = "xla"
+    static = _Static(transpose, activations, out_dtype, blocks, implementation)
+    by_group = None if scales is None else scales.reshape(-1, scales.shape[-1])
+    out = _jitted(x.reshape(-1, x.shape[-1]), w, by_group, static)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x, w, scales, static: _Static):
+    x, x_scale = reference.quantize_rows(x) if static.activations else (x, None)
+    return dispatch(
+        "quantized_matmul",
+        static.implementation,
+        x,
+        x_scale,
+        w,
+        scales,
+        reference=_xla(static),
+        xla=_xla(static),
+        pallas=partial(_pallas, static=static),
+        unsupported=_unsupported(x, w, static),
+    )
+
+
+def _matmul_fwd(x, w, scales, static):
+    return _matmul(x, w, scales, static), (x, w, scales)
+
+
+def _matmul_bwd(static, saved, dout):
+    x, w, scales = saved
+    rounded, x_scale = reference.quantize_rows(x) if static.activations else (x, None)
+    dout = dout.astype(jnp.float32)
+    dx, dw, dscales = xla.backward(rounded, x_scale, w, scales, dout, dtype=x.dtype, transpose=static.transpose)
+    if dw is None and jnp.issubdtype(w.dtype, jnp.floating):
+        dw = jnp.zeros_like(w)
+    return dx, dw, dscales
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+# Jitted, so that the layers of a model share one trace.
+_jitted = jax.jit(_matmul, static_argnums=3)
+
+
+def _xla(static: _Static):
+    return lambda *arrays: xla.quantized_matmul(*arrays, transpose=static.transpose).astype(static.out_dtype)
+
+
+def _pallas(x, x_scale, w, scales, *, static: _Static, interpret: bool):
+    problem = Problem(
+        rows=x.shape[0],
+        inner=x.shape[1],
+        columns=w.shape[0 if static.transpose else 1],
+        x=x.dtype.name,
+        w=w.dtype.name,
+        out=static.out_dtype.name,
+        groups=0 if scales is None else scales.shape[0],
+        transpose=static.transpose,
+    )
+    if 0 in (*x.shape, *w.shape):
+        return jnp.zeros((problem.rows, problem.columns), static.out_dtype)
+    if static.blocks is not None and (reasons := sizes.refusals(problem, static.blocks)):
+        raise InputError(f"blocks={static.blocks} do not divide the operands: {'; '.join(reasons)}.")
+    chosen = tuned.choose("quantized_matmul", sizes, problem, chips.current(), static.blocks)
+    return kernel.pallas(
+        x, x_scale, w, scales, problem=problem, blocks=chosen, out_dtype=static.out_dtype, interpret=interpret
+    )
+
+
+def _unsupported(x, w, static: _Static) -> list[str]:
+    named = (("x", x.dtype), ("w", w.dtype), ("out_dtype", static.out_dtype))
+    return [f"{name} is float16, which TPUs do not compute with" for name, dtype in named if dtype == jnp.float16]
+
+
+def _validate(x, w, scales, transpose, activations, out_dtype, implementation) -> None:
+    check_implementation(implementation)
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1 if transpose else 0]:
         raise InputError(
             f"x.shape={x.shape} and w.shape={w.shape} must be [..., K] and {'[N, K]' if transpose else '[K, N]'} "
@@ -64,15 +159,28 @@ def _validate(x, w, scales, transpose, out_dtype, implementation) -> None:
     for name, dtype in (("x", x.dtype), ("out", out_dtype)):
         if dtype.name not in _FLOATS:
             raise UnsupportedError(f"{name}_dtype={dtype} is not served: use one of {', '.join(_FLOATS)}.")
-    if w.dtype.name not in (*_FLOATS, "int8"):
+    if w.dtype.name not in (*_FLOATS, *_NARROW):
         raise UnsupportedError(
-            f"w.dtype={w.dtype} is not served: use one of {', '.join(_FLOATS)}, or int8 with scales."
+            f"w.dtype={w.dtype} is not served: use one of {', '.join(_FLOATS)}, or of {', '.join(_NARROW)} with "
+            "scales."
         )
-    if (w.dtype == jnp.int8) != (scales is not None):
+    if (w.dtype.name in _NARROW) != (scales is not None):
         raise InputError(
-            f"w.dtype={w.dtype} with scales {'missing' if scales is None else 'given'}: int8 needs "
+            f"w.dtype={w.dtype} with scales {'missing' if scales is None else 'given'}: {', '.join(_NARROW)} need "
             "scales and other dtypes take none."
         )
+    if activations not in (None, "int8"):
+        raise InputError(f"{activations=} is unknown: choose 'int8', or None to keep x as it is.")
+    if activations and w.dtype.name not in ("int8", "int4"):
+        raise InputError(f"{activations=} with w.dtype={w.dtype}: bytes multiply an int8 or int4 weight only.")
     columns = w.shape[0 if transpose else 1]
-    if scales is not None and (scales.shape != (columns,) or scales.dtype != jnp.float32):
-        raise InputError(f"scales={scales.dtype}{list(scales.shape)} must be float32 [{columns}].")
+    if scales is None:
+        return
+    if scales.ndim not in (1, 2) or scales.shape[-1] != columns or scales.dtype != jnp.float32:
+        raise InputError(
+            f"scales={scales.dtype}{list(scales.shape)} must be float32 [{columns}] or [groups, {columns}]."
+        )
+    if scales.ndim == 2 and (scales.shape[0] == 0 or x.shape[-1] % scales.shape[0]):
+        raise InputError(
+            f"scales.shape={scales.shape} has {scales.shape[0]} groups, which must divide K={x.shape[-1]}."
+        )

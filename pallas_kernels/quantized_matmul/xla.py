@@ -21,40 +21,99 @@ _SMALL = 1 << 15
 
 
 def quantized_matmul(
-    x: jax.Array, w: jax.Array, scales: jax.Array | None = None, *, transpose: bool, out_dtype: jnp.dtype
+    x: jax.Array, x_scale: jax.Array | None, w: jax.Array, scales: jax.Array | None, *, transpose: bool
 ) -> jax.Array:
-    """`[..., K], [K, N] or [N, K], float32 [N] or None -> [..., N]` in `out_dtype`."""
-    out = _jitted(x.reshape(-1, x.shape[-1]), w, scales, transpose)
-    return out.astype(out_dtype).reshape(*x.shape[:-1], out.shape[-1])
+    """`[M, K]`, float32 `[M, 1]` for int8 x, `[K, N]` or `[N, K]`, float32 `[G, N]` or None; float32 `[M, N]`."""
+    w = _storable(w)
+    if scales is not None and scales.shape[0] > 1:
+        out = _product_by_group(x, w, scales, transpose)
+    else:
+        out = _product(x, w, transpose)
+        out = out if scales is None else out * scales
+    return out if x_scale is None else out * x_scale
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x, w, scales, transpose) -> jax.Array:
-    out = _product(x, w, transpose)
-    return out if scales is None else out * scales
-
-
-def _matmul_fwd(x, w, scales, transpose):
-    return _matmul(x, w, scales, transpose), (x, w, scales)
-
-
-def _matmul_bwd(transpose, saved, dout):
-    x, w, scales = saved
+def backward(
+    x: jax.Array,
+    x_scale: jax.Array | None,
+    w: jax.Array,
+    scales: jax.Array | None,
+    dout: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    transpose: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Gradients of x (in `dtype`, as if it had not been rounded), of a w of 16 or 32 bits, and of the scales."""
+    stored, w = w, _storable(w)
     # Gradients of a 16-bit product are dots of that dtype, as its forward dot is.
-    weighted = (dout if scales is None else dout * scales).astype(x.dtype)
-    dx = _product(weighted, w, not transpose).astype(x.dtype)
-    dw = dscales = None
-    if jnp.issubdtype(w.dtype, jnp.floating):
+    dscales = None
+    if scales is not None and scales.shape[0] > 1:
+        dx = _dot(dout.astype(dtype), _dequantized(w, scales, transpose).astype(dtype), transpose=not transpose)
+        left = x.astype(jnp.float32) if x_scale is None else x * x_scale
+        outer = _dot(left.T, dout, transpose=False) * (w.T if transpose else w).astype(jnp.float32)
+        dscales = jnp.sum(outer.reshape(scales.shape[0], -1, outer.shape[1]), axis=1)
+        return dx.astype(dtype), None, dscales
+    weighted = (dout if scales is None else dout * scales).astype(dtype)
+    dx = _product(weighted, w, not transpose).astype(dtype)
+    dw = None
+    if stored.dtype.itemsize > 1 and jnp.issubdtype(stored.dtype, jnp.floating):
         left, right = (weighted, x) if transpose else (x, weighted)
         dw = _dot(left.T, right, transpose=False).astype(w.dtype)
     if scales is not None:
-        dscales = jnp.sum(_product(x, w, transpose) * dout, axis=0)
+        product = _product(x, w, transpose)
+        product = product if x_scale is None else product * x_scale
+        dscales = jnp.sum(product * dout, axis=0, keepdims=True)
     return dx, dw, dscales
 
 
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
-# Jitted, so that the layers of a model share one trace.
-_jitted = jax.jit(_matmul, static_argnums=3)
+def _storable(w):
+    """The weight in a dtype that XLA's CPU compiler slices, of the same values."""
+    if w.dtype == jnp.int4:
+        return w.astype(jnp.int8)
+    return w.astype(jnp.bfloat16) if w.dtype.itemsize == 1 and jnp.issubdtype(w.dtype, jnp.floating) else w
+
+
+def _dequantized(w, scales, transpose):
+    """float32: the weight times the scales of its groups."""
+    wide = w.astype(jnp.float32)
+    group = w.shape[1 if transpose else 0] // scales.shape[0]
+    return wide * (jnp.repeat(scales.T, group, axis=1) if transpose else jnp.repeat(scales, group, axis=0))
+
+
+def _product_by_group(x, w, scales, transpose):
+    """float32 `x @ w` with `w` scaled by groups of its contraction."""
+    if 0 in (*x.shape, *w.shape):
+        return _product(x, w, transpose)
+    return jax.lax.platform_dependent(
+        x,
+        w,
+        scales,
+        cpu=partial(_by_group_in_tiles, transpose=transpose),
+        default=partial(_by_group_dot, transpose=transpose),
+    )
+
+
+def _by_group_dot(x, w, scales, *, transpose):
+    dtype = jnp.dtype(jnp.bfloat16) if x.dtype == jnp.int8 else x.dtype
+    return _dot(x.astype(dtype), _dequantized(w, scales, transpose).astype(dtype), transpose=transpose)
+
+
+def _by_group_in_tiles(x, w, scales, *, transpose):
+    axis = 0 if transpose else 1
+    columns, inner = w.shape[axis], w.shape[1 - axis]
+    width = min(columns, max(128, _TILE_BYTES // (4 * inner) // 128 * 128))
+    x = x.astype(jnp.float32)
+
+    def body(i, out):
+        # Without the fence the weight is dequantised whole, outside of the loop.
+        (narrow, by_group), i = jax.lax.optimization_barrier(((w, scales), i))
+        first = jnp.minimum(i * width, columns - width)
+        tile = jax.lax.dynamic_slice_in_dim(cpu_products.bits(narrow), first, width, axis)
+        part = jax.lax.dynamic_slice_in_dim(by_group, first, width, 1)
+        wide = _dequantized(cpu_products.values(tile, w.dtype), part, transpose)
+        return jax.lax.dynamic_update_slice_in_dim(out, _dot(x, wide, transpose=transpose), first, 1)
+
+    return jax.lax.fori_loop(0, -(-columns // width), body, jnp.zeros((x.shape[0], columns), jnp.float32))
 
 
 def _product(x, w, transpose):
@@ -73,18 +132,24 @@ def _dot(x, w, *, transpose):
 
 
 def _common_dtype(x, w):
+    # Products of bytes are whole numbers, which float32 sums without error up to 2^24.
+    if x.dtype == jnp.int8:
+        return jnp.dtype(jnp.float32)
     return x.dtype if w.dtype == jnp.int8 else jnp.promote_types(x.dtype, w.dtype)
 
 
 def _cast_dot(x, w, *, transpose):
+    if x.dtype == w.dtype == jnp.int8:
+        contract = (((1,), (1 if transpose else 0,)), ((), ()))
+        return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.int32).astype(jnp.float32)
     dtype = _common_dtype(x, w)
     return _dot(x.astype(dtype), w.astype(dtype), transpose=transpose)
 
 
 def _on_cpu(x, w, *, transpose):
     rows, inner = x.shape
-    # There is no native dot of float16 here.
-    native = x.dtype == w.dtype != jnp.float16
+    # There is no native dot of float16 or of int8 here.
+    native = x.dtype == w.dtype and x.dtype not in (jnp.float16, jnp.int8)
     few = 2 if native else _FEW_ROWS
     narrow = w.dtype != jnp.float32 and w.size > _SMALL
     if narrow and rows <= few and cpu_products.can_fuse(inner, transpose):

@@ -1,4 +1,4 @@
-"""The contract of `grouped_matmul`: every implementation at every small case, and what the XLA form promises."""
+"""The contract of `grouped_matmul`: every implementation at every small case, and what each promises."""
 
 import functools
 
@@ -7,15 +7,17 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import grouped_matmul
+from pallas_kernels import chips, grouped_matmul
 from pallas_kernels.errors import InputError, UnsupportedError
+from pallas_kernels.grouped_matmul import blocks as sizes
+from pallas_kernels.grouped_matmul.blocks import Blocks, Problem
 from pallas_kernels.grouped_matmul.cases import MODELS, SMALL, Case
+from pallas_kernels.grouped_matmul.kernel import plan
 
 CASES = {case.name: case for case in SMALL}
-IMPLEMENTATIONS = ("reference", "xla")
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-8, "float16": 2**-11}
 
 
@@ -41,27 +43,93 @@ def poisoned(case: Case, seed=0):
     return jnp.asarray(lhs, case.dtype), jnp.asarray(rhs).astype(case.weight), jnp.asarray(sizes), scale
 
 
-def call(case, implementation):
-    return functools.partial(grouped_matmul, transpose=case.transpose, implementation=implementation)
+def call(case, implementation, blocks=None):
+    return functools.partial(grouped_matmul, transpose=case.transpose, blocks=blocks, implementation=implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
-def test_contract(name, implementation):
-    case = CASES[name]
+def check(case, implementation, blocks=None):
     lhs, rhs, sizes, scale = poisoned(case)
-    got = jax.jit(call(case, implementation))(lhs, rhs, sizes, rhs_scale=scale)
+    got = jax.jit(call(case, implementation, blocks))(lhs, rhs, sizes, rhs_scale=scale)
     assert got.dtype == lhs.dtype
     want, terms = expected(lhs, rhs, sizes, scale, case.transpose)
     error = abs(np.asarray(got, np.float64) - want)
     assert (error <= 2e-6 * terms + ROUNDING[case.dtype] * abs(want)).all(), error.max()
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name, implementation):
+    check(CASES[name], implementation)
+
+
+@pytest.mark.parametrize("name", [case.name for case in SMALL if case.dtype != "float16"])
+def test_contract_of_the_kernel(name):
+    check(CASES[name], "interpret")
+
+
+# Several tiles along every axis, groups that span them, windows and tails that leave a tile.
+_SIZES = (0, 37, 1, 0, 70, 3)
+TILED = [
+    (Case("tiled", 120, 768, 300, _SIZES), Blocks(m=32, n=128, k=256, rows=16, tail=8)),
+    (Case("tiled-int8", 120, 128, 300, _SIZES, weight="int8"), Blocks(m=48, n=128, k=128, rows=32, tail=8)),
+    (
+        Case("tiled-transposed", 111, 512, 300, _SIZES, "bfloat16", "int8", True),
+        Blocks(m=64, n=128, k=256, rows=48, tail=16),
+    ),
+    (Case("one-tile", 120, 64, 260, _SIZES, "bfloat16", "bfloat16"), Blocks(m=128, n=260, k=64, rows=64, tail=64)),
+]
+
+
+@pytest.mark.parametrize(("case", "blocks"), TILED, ids=lambda value: getattr(value, "name", ""))
+def test_tiles_of_the_kernel(case, blocks):
+    check(case, "interpret", blocks)
+
+
+def test_columns_are_taken_in_equal_shares(monkeypatch):
+    monkeypatch.setattr(sizes, "UNROLLED", 256 * 64 * 256)
+    blocks = Blocks(m=16, n=768, k=64, rows=16, tail=16)
+    assert sizes.chunk(blocks, 16) == 256
+    check(Case("shares", 16, 64, 768, (3, 13)), "interpret", blocks)
+    check(Case("shares-transposed", 16, 64, 768, (3, 13), weight="int8", transpose=True), "interpret", blocks)
+
+
+@given(
+    rows=st.integers(1, 60),
+    tile=st.sampled_from([8, 16, 32]),
+    cuts=st.lists(st.integers(0, 60), min_size=1, max_size=5).map(sorted),
+)
+@settings(deadline=None)
+def test_the_plan_visits_every_row_once(rows, tile, cuts):
+    group_sizes = np.diff([0, *cuts])
+    visits = [np.asarray(a) for a in _planned(jnp.asarray(group_sizes, jnp.int32), rows, tile)]
+    owner = np.repeat(np.arange(len(cuts)), group_sizes)[:rows]
+    owner = np.concatenate([owner, np.full(rows - len(owner), -1)])
+    seen = np.zeros(rows, int)
+    previous = (-1, -1)
+    for t, g, first, end, belongs in list(zip(*visits[:-1], strict=True))[: int(visits[-1])]:
+        mine = np.arange(t * tile + first, t * tile + end)
+        seen[mine] += 1
+        assert 0 <= first < end <= tile
+        assert (owner[mine] == (g if belongs else -1)).all()
+        # In order, so that a tile and a matrix that were left are not copied again.
+        assert (t, g) >= previous
+        previous = (t, g)
+    assert (seen == 1).all()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _planned(group_sizes, rows, tile):
+    return plan(group_sizes, rows, tile)
+
+
 GRADIENTS = ["empty-groups", "rows-left-over", "odd", "past-a-tile", "many-rows", "transposed", "bfloat16-many"]
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_match_the_reference(name):
+# The backward pass is the same behind the kernel.
+@pytest.mark.parametrize(
+    ("name", "implementation"), [*((name, "xla") for name in GRADIENTS), ("empty-groups", "interpret")]
+)
+def test_gradients_match_the_reference(name, implementation):
     case = CASES[name]
     lhs, rhs, sizes, _ = poisoned(case)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(case.rows, case.columns)), jnp.float32)
@@ -73,7 +141,7 @@ def test_gradients_match_the_reference(name):
         return jax.jit(jax.grad(loss, (0, 1)))(lhs, rhs)
 
     tolerance = {"float32": 5e-6, "bfloat16": 1e-2}[case.dtype]
-    for got, want in zip(gradients("xla"), gradients("reference"), strict=True):
+    for got, want in zip(gradients(implementation), gradients("reference"), strict=True):
         assert got.dtype == want.dtype
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
         np.testing.assert_allclose(got, want, atol=tolerance * abs(want).max(), rtol=0)
@@ -97,41 +165,49 @@ def test_gradients_of_scales_and_rows_of_an_int8_matrix(name):
 
 @functools.cache
 def _compiled(rows: int, small: bool):
-    """One program for all the sizes that hypothesis draws; few rows a group or many."""
+    """Programs for all the sizes that hypothesis draws, of XLA and of the kernel; few rows a group or many."""
     inner, columns, groups = 64, 6, 12 if small else 3
     random = np.random.default_rng(0)
     lhs = random.normal(size=(rows, inner)).astype(np.float32)
     rhs = random.normal(size=(groups, inner, columns)).astype(np.float32)
-    return jax.jit(functools.partial(grouped_matmul, implementation="xla")), lhs, rhs
+    blocks = Blocks(m=16 if small else 64, n=columns, k=inner, rows=16, tail=8)
+    kernel = functools.partial(grouped_matmul, implementation="interpret", blocks=blocks)
+    return (jax.jit(functools.partial(grouped_matmul, implementation="xla")), jax.jit(kernel)), lhs, rhs
 
 
 @given(data=st.data(), small=st.booleans())
+@settings(deadline=None)
 def test_any_sizes(data, small):
     rows = 24 if small else 200
-    run, lhs, rhs = _compiled(rows, small)
+    runs, lhs, rhs = _compiled(rows, small)
     cuts = data.draw(st.lists(st.integers(0, rows), min_size=len(rhs), max_size=len(rhs)).map(sorted))
     sizes = np.diff([0, *cuts]).astype(np.int32)
     lhs = np.where(np.arange(rows)[:, None] < cuts[-1], lhs, np.nan)
     rhs = np.where((sizes > 0)[:, None, None], rhs, np.nan)
     want, terms = expected(lhs, rhs, sizes, None, False)
-    assert (abs(run(lhs, rhs, sizes) - want) <= 2e-6 * terms).all()
+    for run in runs:
+        assert (abs(run(lhs, rhs, sizes) - want) <= 2e-6 * terms).all()
 
 
-def test_sizes_beyond_the_rows_are_cut_off_under_jit():
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_sizes_beyond_the_rows_are_cut_off_under_jit(implementation):
     lhs, rhs = np.ones((6, 64), np.float32), np.ones((3, 64, 5), np.float32)
-    got = jax.jit(grouped_matmul)(lhs, rhs, jnp.array([4, 100, 100], jnp.int32))
+    run = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
+    got = run(lhs, rhs, jnp.array([4, 100, 100], jnp.int32))
     np.testing.assert_allclose(got, np.full((6, 5), 64.0))
 
 
-def test_under_vmap_and_scan():
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_under_vmap_and_scan(implementation):
+    run = functools.partial(grouped_matmul, implementation=implementation)
     random = np.random.default_rng(0)
     lhs = random.normal(size=(3, 10, 64)).astype(np.float32)
     rhs = random.normal(size=(2, 4, 64, 8)).astype(np.float32)
     sizes = np.array([[1, 2, 3, 4], [10, 0, 0, 0], [0, 3, 0, 3]], np.int32)
-    batched = jax.jit(jax.vmap(grouped_matmul, (0, None, 0)))(lhs, rhs[0], sizes)
+    batched = jax.jit(jax.vmap(run, (0, None, 0)))(lhs, rhs[0], sizes)
     for got, x, s in zip(batched, lhs, sizes, strict=True):
         np.testing.assert_allclose(got, expected(x, rhs[0], s, None, False)[0], atol=1e-4)
-    _, layers = jax.lax.scan(lambda c, w: (c, grouped_matmul(lhs[0], w, sizes[0])), 0, rhs)
+    _, layers = jax.lax.scan(lambda c, w: (c, run(lhs[0], w, sizes[0])), 0, rhs)
     for got, w in zip(layers, rhs, strict=True):
         np.testing.assert_allclose(got, expected(lhs[0], w, sizes[0], None, False)[0], atol=1e-4)
 
@@ -152,17 +228,52 @@ def test_narrow_matrices_are_not_widened_whole(weight, rows, transpose):
     assert program.memory_analysis().temp_size_in_bytes < groups * side * side
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_get_the_ragged_dot(platform):
+def lowered(platform, dtype=jnp.float32):
     def loss(lhs, rhs, sizes):
         return jnp.sum(grouped_matmul(lhs, rhs, sizes))
 
-    arguments = jnp.ones((16, 64)), jnp.ones((4, 64, 8)), jnp.ones(4, jnp.int32)
-    text = jax.export.export(jax.jit(jax.value_and_grad(loss, (0, 1))), platforms=[platform])(
-        *arguments
-    ).mlir_module()
+    arguments = jnp.ones((16, 64), dtype), jnp.ones((4, 64, 8), dtype), jnp.ones(4, jnp.int32)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    return jax.export.export(run, platforms=[platform])(*arguments).mlir_module()
+
+
+def test_gpus_get_the_ragged_dot():
+    text = lowered("cuda")
     assert "while" not in text
     assert "ragged_dot" in text or "dot_general" in text
+
+
+def test_tpus_get_the_kernel():
+    assert "tpu_custom_call" in lowered("tpu")
+    assert "tpu_custom_call" not in lowered("tpu", jnp.float16)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p", "7x"])
+def test_chosen_sizes_fit_and_divide(chip):
+    chip = chips.find(chip)
+    for case in MODELS:
+        problem = Problem(
+            case.rows, case.inner, case.columns, len(case.sizes), case.dtype, case.weight, case.transpose
+        )
+        chosen = sizes.heuristic(problem, chip)
+        assert sizes.fits(problem, chosen, chip)
+        assert not sizes.refusals(problem, chosen)
+
+
+@given(
+    rows=st.integers(1, 50000),
+    inner=st.integers(1, 20000),
+    columns=st.integers(1, 20000),
+    groups=st.integers(1, 300),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    chip=st.sampled_from(["v5e", "v6e", "v5p", "7x"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_sizes_of_any_shape_fit_and_divide(rows, inner, columns, groups, dtype, chip):
+    problem = Problem(rows, inner, columns, groups, dtype, dtype)
+    chosen = sizes.heuristic(problem, chips.find(chip))
+    assert sizes.fits(problem, chosen, chips.find(chip))
+    assert not sizes.refusals(problem, chosen)
 
 
 def refused(
@@ -192,6 +303,30 @@ def test_what_does_not_fit_is_refused():
     refused(InputError, "implementation='fast'", implementation="fast")
     refused(UnsupportedError, "rhs.dtype=int32", dtype="int32")
     refused(UnsupportedError, "lhs.dtype=int32", lhs_dtype="int32")
+
+
+def test_what_the_kernel_cannot_do_is_refused():
+    options = {"implementation": "interpret"}
+    refused(
+        UnsupportedError,
+        "lhs is float16, which .*; rhs is float16",
+        lhs_dtype="float16",
+        dtype="float16",
+        **options,
+    )
+    refused(
+        InputError, "m=16 must be a multiple of 8 up to 8; n=4 must be 5", blocks=Blocks(16, 4, 8, 8, 8), **options
+    )
+    with pytest.raises(InputError, match="every size must be 1 or more"):
+        Blocks(8, 1, 1, 8, 0)
+    with pytest.raises(InputError, match=r"need [\d.]+ MiB of VMEM in grouped_matmul, but a v5e has 115.2 MiB"):
+        grouped_matmul(
+            jnp.ones((4096, 8192)),
+            jnp.ones((1, 8192, 512)),
+            jnp.array([4096]),
+            blocks=Blocks(4096, 512, 8192, 256, 256),
+            implementation="pallas",
+        )
 
 
 def test_model_cases_are_named_once_and_add_up():
