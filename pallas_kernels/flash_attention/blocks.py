@@ -48,6 +48,7 @@ class Blocks:
       tile_q, tile_kv: what masks are decided for; tile_kv is also how many keys one product covers. tile_q is a
         power of two of 16 or more.
       width: query columns (of all heads together) that one product covers.
+      ones: whether the matrix unit sums the weights, by rows of ones under the values; else the vector unit.
       ahead: how many products of queries and keys are begun before the softmax of the first one.
     """
 
@@ -58,6 +59,7 @@ class Blocks:
     tile_kv: int
     width: int
     ahead: int
+    ones: bool = True
 
     def __post_init__(self):
         reasons = []
@@ -81,7 +83,7 @@ class Blocks:
         q = min(self.q, max(SMALLEST, power_above(problem.queries)))
         tile_kv = min(self.tile_kv, -(-problem.keys // LANES) * LANES)
         kv = min(self.kv, -(-problem.keys // tile_kv) * tile_kv)
-        return Blocks(q, kv, heads, min(self.tile_q, q), tile_kv, self.width, self.ahead)
+        return Blocks(q, kv, heads, min(self.tile_q, q), tile_kv, self.width, self.ahead, self.ones)
 
 
 def power_above(n: int) -> int:

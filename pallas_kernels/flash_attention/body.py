@@ -2,7 +2,7 @@
 
 Scores are held transposed, [keys, query columns]: S' = K Q', O' = V' P'. The maximum then runs down the sublanes, the
 state of the softmax is one row, and the 256 columns of a wide matrix unit are filled with queries where V's head size
-would fill half. V' gets a row of ones, so that the matrix unit sums the weights too.
+would fill half. V' may get a row of ones, so that the matrix unit sums the weights too.
 
 The columns are the queries of several heads that share a key head: tile of queries by tile, in it head by head.
 """
@@ -53,7 +53,9 @@ class Form:
 
     @property
     def ones(self) -> int:
-        """Rows of ones under V': as many as a tile of memory has."""
+        """Rows of ones under V': as many as a tile of memory has, or none where the vector unit adds the weights."""
+        if not self.blocks.ones:
+            return 0
         return 8 if self.dtype == jnp.float32 else 16
 
     @property
@@ -80,7 +82,7 @@ class Refs:
     keys: Any  # scratch: k as [keys, D], if it comes as [D, keys]
     values: Any  # scratch: v' and ones, [Dv + ones, keys]
     peak: Any  # scratch: [8, columns], row 0
-    total: Any
+    total: Any  # scratch: [8, columns], row 0, or all to be summed where the vector unit adds
     acc: Any  # scratch: [Dv, columns]
     sinks: Any = None  # float32 [1, columns]
     slopes: Any = None
@@ -128,8 +130,6 @@ def body(form: Form, refs: Refs, index: Any) -> None:
     kind = step >> schedule.KIND
 
     pl.when(step & schedule.FIRST != 0)(lambda: _begin(form, refs))
-    pl.when(kind != schedule.DEAD)(lambda: _take_block(form, refs))
-
     b = form.blocks
     across, down = b.q // b.tile_q, b.kv // b.tile_kv
     everything = (schedule.FULL,) * (across * down)
@@ -144,7 +144,11 @@ def body(form: Form, refs: Refs, index: Any) -> None:
             if states[a * down + c] != schedule.DEAD
             for at, width in form.widths
         ]
-        pl.when((kind != schedule.DEAD) & (word == pattern))(lambda units=units: _run(form, refs, place, units))
+
+        @pl.when((kind != schedule.DEAD) & (word == pattern))
+        def _(units=units):
+            _take_block(form, refs)
+            _run(form, refs, place, units)
 
     other = kind == schedule.PARTIAL
     for pattern in known:
@@ -152,6 +156,8 @@ def body(form: Form, refs: Refs, index: Any) -> None:
 
     @pl.when(other)
     def _():
+        _take_block(form, refs)
+
         def tile(n, _):
             a, c = n // down, n % down
             state = word >> 2 * n & 3
@@ -186,7 +192,7 @@ def _begin(form: Form, refs: Refs) -> None:
         refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
     else:
         refs.peak[...] = jnp.broadcast_to(refs.sinks[0] * LOG2E, refs.peak.shape)
-        refs.total[...] = jnp.ones(refs.total.shape, jnp.float32)
+        refs.total[...] = jnp.full(refs.total.shape, 1.0 if form.ones else 0.125, jnp.float32)
 
 
 def _times(x: jax.Array, factor: float) -> jax.Array:
@@ -198,7 +204,8 @@ def _take_block(form: Form, refs: Refs) -> None:
     if form.k_minor:
         refs.keys[...] = refs.k[0, 0].T
     refs.values[: form.value_dim] = refs.v[0, 0] if form.v_minor else refs.v[0, 0].T
-    refs.values[form.value_dim :] = jnp.ones((form.ones, form.blocks.kv), form.dtype)
+    if form.ones:
+        refs.values[form.value_dim :] = jnp.ones((form.ones, form.blocks.kv), form.dtype)
 
 
 def _dot(form: Form, a: jax.Array, b: jax.Array, contract_b: int) -> jax.Array:
@@ -286,21 +293,25 @@ def _fold(form: Form, refs: Refs, unit: Unit, s: jax.Array, top: jax.Array, used
     keys = pl.ds(_aligned(unit.key, form.blocks.tile_kv), form.blocks.tile_kv)
     old = refs.peak[0:1, columns]
     new = jnp.maximum(old, top)
-    weights = jnp.exp2(s - new).astype(form.dtype)
+    weights = jnp.exp2(s - new)
     fade = jnp.exp2(old - new)
     values = refs.values[:, keys]
     if used is not None:
         values = jnp.where(used, values.astype(jnp.float32), 0.0).astype(form.dtype)
-    sums = _dot(form, values, weights, 0)
+    sums = _dot(form, values, weights.astype(form.dtype), 0)
     refs.peak[0:1, columns] = new
-    refs.total[0:1, columns] = refs.total[0:1, columns] * fade + sums[form.value_dim : form.value_dim + 1]
+    if form.ones:
+        refs.total[0:1, columns] = refs.total[0:1, columns] * fade + sums[form.value_dim : form.value_dim + 1]
+    else:
+        eighths = jnp.sum(weights.reshape(-1, 8, unit.width), axis=0)
+        refs.total[:, columns] = refs.total[:, columns] * fade + eighths
     refs.acc[:, columns] = refs.acc[:, columns] * fade + sums[: form.value_dim]
 
 
 def _end(form: Form, refs: Refs) -> None:
     """The result of a block of queries."""
     b = form.blocks
-    total = refs.total[0:1]
+    total = refs.total[0:1] if form.ones else jnp.sum(refs.total[...], axis=0, keepdims=True)
     some = total > 0
     total = jnp.where(some, total, 1.0)
     refs.lse[0, 0, 0] = jnp.where(some, refs.peak[0:1] / LOG2E + jnp.log(total), -jnp.inf)
