@@ -1,5 +1,6 @@
 """The collectives of a compiled program: what each chip sends, how often, to whom."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -63,11 +64,20 @@ def _collective(line: str, m: re.Match[str], times: int) -> Collective:
 def _group(line: str) -> int:
     if m := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(m[1])
+    if m := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        return _mesh_group(m[1], m[2])
     if m := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(m[1].split(","))
     if m := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return len(re.findall(r"\{", m[1]))
     return 1
+
+
+def _mesh_group(mesh: str, axes: str) -> int:
+    """Chips along axes, such as "'a','b':(2)4" (the second: 4 of them) of the mesh "'a'=2,'b'=8"."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
+    return math.prod(int(part) if part else sizes[name] for name, part in parts) if parts else 1
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
@@ -81,18 +91,30 @@ def _computations(hlo: str) -> dict[str, list[str]]:
     return found
 
 
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """Trips of the loop in this line: as the compiler says, or as its condition does, if it counts up from 0."""
+    if m := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(m[1])
+    if m := re.search(r"condition=%?([\w.\-]+)", line):
+        condition = "\n".join(computations.get(m[1], ()))
+        test = re.search(r"ROOT .* compare\(.*?, %?([\w.\-]+)\), direction=LT", condition)
+        limit = test and re.search(rf"%{re.escape(test[1])} = s32\[\]\S* constant\((\d+)\)", condition)
+        return int(limit[1]) if limit else 1
+    return 1
+
+
 def _times(computations: dict[str, list[str]]) -> dict[str, int]:
     """How often each computation runs, from the trip counts that the compiler knows."""
     callers: dict[str, list[tuple[str, int]]] = {}
     for name, lines in computations.items():
         for line in lines:
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            trips = _trips(line, computations)
             for m in _CALLED.finditer(line):
                 rest = line[m.end() :]
                 names = re.match(r"\{([^}]*)\}", rest) or re.match(r"(%?[\w.\-]+)", rest)
                 for callee in re.findall(r"[\w.\-]+", names[1]) if names else ():
-                    loops = m.group().startswith("body") and trips
-                    callers.setdefault(callee, []).append((name, int(trips[1]) if loops and trips else 1))
+                    count = trips if m.group().startswith("body") else 1
+                    callers.setdefault(callee, []).append((name, count))
     known: dict[str, int] = {}
 
     def times(name: str) -> int:

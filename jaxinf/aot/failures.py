@@ -1,6 +1,7 @@
 """What the TPU compiler refuses, as errors of ours."""
 
 import re
+from collections.abc import Sequence
 
 from pallas_kernels.errors import InputError, JaxinfError, UnsupportedError
 
@@ -8,6 +9,8 @@ _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _NAMES = {"vmem": "VMEM", "smem": "SMEM", "hbm": "HBM"}
 _SIZE = r"([\d.]+)([BKMGT]?)"
 _SCOPED = re.compile(rf"Scoped allocation with size {_SIZE} and limit {_SIZE} exceeded scoped (\w+)")
+_TEMPORARIES = re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available (\w+) \({_SIZE}\)")
+_ALLOCATION = re.compile(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\).*?space=(\w+)", re.S)
 _CAPACITY = re.compile(rf"Used {_SIZE} of {_SIZE} (\w+)")
 
 
@@ -33,6 +36,14 @@ def _bytes(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
+def _too_large(space: str, needed: Sequence[str], available: Sequence[str]) -> TooLarge:
+    space = space.lower()
+    advice = "make its blocks smaller"
+    if space == "hbm":
+        advice = "take more chips, a smaller batch or context, or narrower weights"
+    return TooLarge(space, _bytes(*needed), _bytes(*available), advice)
+
+
 def explain(error: Exception) -> JaxinfError | None:
     """The error of ours that says what the compiler's means, or None where it is not the compiler's refusal."""
     if isinstance(error, JaxinfError):
@@ -42,11 +53,11 @@ def explain(error: Exception) -> JaxinfError | None:
         advice = "make its blocks smaller or raise the kernel's `vmem_limit_bytes`"
         return TooLarge(found[5].lower(), _bytes(found[1], found[2]), _bytes(found[3], found[4]), advice)
     if found := _CAPACITY.search(text):
-        space = found[5].lower()
-        advice = "make its blocks smaller"
-        if space == "hbm":
-            advice = "take more chips, a smaller batch or context, or narrower weights"
-        return TooLarge(space, _bytes(found[1], found[2]), _bytes(found[3], found[4]), advice)
+        return _too_large(found[5], found.group(1, 2), found.group(3, 4))
+    if found := _ALLOCATION.search(text):
+        return _too_large(found[3], (found[1], ""), (found[2], ""))
+    if found := _TEMPORARIES.search(text):
+        return _too_large(found[3], found.group(1, 2), found.group(4, 5))
     refused = ("Mosaic", "Pallas", "XLA:TPU", "UNIMPLEMENTED", "INVALID_ARGUMENT", "INTERNAL", "RESOURCE_EXHAUSTED")
     if isinstance(error, NotImplementedError) or any(mark in text for mark in refused):
         return UnsupportedError(f"the TPU compiler refuses the program: {_first_lines(text)}")
