@@ -1,0 +1,186 @@
+"""Block sizes of `ragged_paged_attention`: what there is to choose, what it costs in VMEM, and a rule."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.chips import Chip
+from pallas_kernels.errors import InputError
+from pallas_kernels.ragged_paged_attention.pages import LANES
+from pallas_kernels.tuned import budget
+
+BLOCK_BYTES = 4 << 20
+TILE_ROWS = 512  # of scores: query heads of a group times queries
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of one call."""
+
+    q: int  # tokens of a window, whose queries and results the kernel holds at a time
+    q_tile: int  # queries of a chunk that are multiplied at a time
+    pages: int  # of a block
+    keys: int = 512  # of a block that a tile of a chunk is multiplied with at a time
+    buffers: int = 2  # blocks that are held or on their way
+    run: int = 8  # pages that one copy takes where their ids follow each other
+
+    def __post_init__(self):
+        if min(self.q, self.q_tile, self.pages, self.keys, self.run) < 1 or self.buffers < 2:
+            raise InputError(f"blocks={self}, but every size must be 1 or more, and buffers 2 or more.")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static facts of a call."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    rows: int
+    per_row: int
+    page: int
+    width: int
+    dtype: str
+    cache: str
+    latent: bool
+    scaled: bool
+    return_lse: bool
+
+    @property
+    def compute_dtype(self):
+        """Of the products: bfloat16 unless something is float32."""
+        wide = "float32" in (self.dtype, self.cache)
+        return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+
+    @property
+    def key_lanes(self) -> int:
+        """Lanes of a row that scores are computed from; queries are 0 in those beyond the key."""
+        return _up(self.dim, LANES)
+
+    @property
+    def _value_first(self) -> int:
+        return 0 if self.latent else self.width - self.value_dim
+
+    @property
+    def value_start(self) -> int:
+        """First of the whole lanes of a row that hold the value."""
+        return self._value_first // LANES * LANES
+
+    @property
+    def value_skip(self) -> int:
+        """Lanes between `value_start` and the value."""
+        return self._value_first - self.value_start
+
+    @property
+    def value_lanes(self) -> int:
+        return _up(self.value_skip + self.value_dim, LANES)
+
+
+def problem(arrays: Any, *, value_dim: int, latent: bool, return_lse: bool) -> Problem:
+    tokens, heads, dim = arrays.q.shape
+    groups, page, width = arrays.pages.shape[-3:]
+    rows, per_row = arrays.page_table.shape
+    return Problem(
+        tokens,
+        heads,
+        groups,
+        dim,
+        value_dim,
+        rows,
+        per_row,
+        page,
+        width,
+        arrays.q.dtype.name,
+        arrays.pages.dtype.name,
+        latent,
+        arrays.page_scales is not None,
+        return_lse,
+    )
+
+
+def bucket(problem: Problem) -> str:
+    """Key of the tuned tables."""
+    scale = "-latent" if problem.latent else ""
+    return (
+        f"{problem.dtype}-{problem.cache}-heads{problem.heads}-{problem.kv_heads}-dims{problem.dim}-"
+        f"{problem.value_dim}{scale}-page{problem.page}-tokens{_power(problem.tokens)}-rows{_power(problem.rows)}"
+    )
+
+
+def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
+    """What the kernel holds in VMEM: pages on their way, two windows in and out, and the state of a window."""
+    p, b = problem, blocks
+    item = jnp.dtype(p.dtype).itemsize
+    heads = _up(p.heads, 32 // item)
+    page = p.kv_heads * _up(p.page, 8 * 4 // jnp.dtype(p.cache).itemsize) * p.width * jnp.dtype(p.cache).itemsize
+    scales = (1 if p.latent else 2) * p.kv_heads * p.page * 4 if p.scaled else 0
+    held = b.buffers * b.pages * (page + _up(scales, 512)) + b.pages * scales
+    windows = 2 * b.q * heads * (_up(p.dim, LANES) + _up(p.value_dim, LANES)) * item
+    if p.return_lse:
+        windows += 2 * b.q * heads * LANES * 4
+    share = p.heads // p.kv_heads
+    state = p.key_lanes * p.compute_dtype.itemsize + (2 * LANES + p.value_lanes) * 4
+    rows = p.kv_heads * (_up(share, 8) + b.q // b.q_tile * _up(share * b.q_tile, 8))
+    wide = b.q_tile * _up(p.heads, 8) * max(p.key_lanes, p.value_lanes) * 4
+    scores = max(_up(share, 8) * b.pages * p.page, share * b.q_tile * min(b.keys, b.pages * p.page)) * 4 * 4
+    return held + windows + rows * state + wide + scores
+
+
+def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
+    """What a search tries: the rule's windows, with other blocks of pages and other tiles."""
+    base = heuristic(problem, chip)
+    found = {base}
+    for size in (256, 512, 1024, 2048):
+        pages = _pages(problem, size)
+        for buffers in (2, 3):
+            for tile in {base.q_tile, min(2 * base.q_tile, base.q), max(8, base.q_tile // 2)}:
+                if base.q % tile == 0:
+                    keys = min(base.keys, pages * problem.page)
+                    found.add(
+                        replace(base, q_tile=tile, pages=pages, keys=keys, buffers=buffers, run=min(pages, 8))
+                    )
+    return sorted(found, key=lambda b: (b.q, b.q_tile, b.pages, b.keys, b.buffers, b.run))
+
+
+def heuristic(problem: Problem, chip: Chip) -> Blocks:
+    """Blocks of about 4 MiB, which take longer to arrive than to ask for; windows of 128 tokens for chunks, of 32
+    where rows have a few tokens each; all of it smaller until it fits."""
+    p = problem
+    token = p.kv_heads * p.width * jnp.dtype(p.cache).itemsize
+    keys = max(LANES, min(1024, _power(max(1, BLOCK_BYTES // token))))
+    share = p.heads // p.kv_heads
+    few = p.tokens <= 8 * p.rows
+    q_tile = 8 if few else max(8, min(128, _power(TILE_ROWS // share)))
+    q = min(32 if few else 128, _up(p.tokens, q_tile))
+    while True:
+        pages = _pages(p, min(keys, _up(p.per_row * p.page, LANES)))
+        blocks = Blocks(q, q_tile, pages, min(512, pages * p.page), 2, min(8, pages))
+        if vmem_bytes(p, blocks) <= budget(chip):
+            return blocks
+        if q > 8:
+            q //= 2
+            q_tile = min(q_tile, q)
+        elif keys > LANES:
+            keys //= 2
+        else:
+            raise InputError(
+                f"q has {p.heads} heads of {p.dim} and a page is {p.kv_heads} x {p.page} x {p.width}, for which a "
+                f"{chip.name}'s VMEM is too small: use smaller pages, or implementation='xla'."
+            )
+
+
+def _pages(problem: Problem, keys: int) -> int:
+    """Pages of at least so many keys, in whole lanes."""
+    return _up(-(-keys // problem.page), max(1, LANES // problem.page))
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _power(value: int) -> int:
+    """The largest power of two that is not above."""
+    return 1 << (value.bit_length() - 1)
