@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,8 +143,10 @@ def test_ctrl_c_keeps_what_was_written(run, checkpoint: Path, lm: LM, monkeypatc
     assert err.endswith("(interrupted)\n")
 
 
-def test_ctrl_c_in_a_process_of_its_own(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "jaxinf", "generate", PROMPT, "--model", str(checkpoint)]
+def test_ctrl_c_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    endless = shutil.copytree(checkpoint, tmp_path / "endless")
+    (endless / "generation_config.json").write_text('{"eos_token_id": 383, "suppress_tokens": [383]}')
+    command = [sys.executable, "-m", "jaxinf", "generate", PROMPT, "--model", str(endless)]
     command += ["--window", "16", "--max-new-tokens", "1000000000"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
