@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -189,4 +189,4 @@ MODELS = tuple(
     if name != "deepseek-v3-latent"  # prefill expands the latent
     for tokens in (1024, 4096, 32768)
     for ways in (1, 8)
-)
+) + (replace(_model("llama3-8b", 4096, 1), name="llama3-8b-prefill-4k-window1024", options={"window": 1024}),)
