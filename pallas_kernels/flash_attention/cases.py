@@ -183,10 +183,13 @@ def _model(name: str, tokens: int, ways: int) -> Case:
     )
 
 
-MODELS = tuple(
-    _model(name, tokens, ways)
-    for name in SHAPES
-    if name != "deepseek-v3-latent"  # prefill expands the latent
-    for tokens in (1024, 4096, 32768)
-    for ways in (1, 8)
-) + (replace(_model("llama3-8b", 4096, 1), name="llama3-8b-prefill-4k-window1024", options={"window": 1024}),)
+MODELS = (
+    *(
+        _model(name, tokens, ways)
+        for name in SHAPES
+        if name != "deepseek-v3-latent"  # prefill expands the latent
+        for tokens in (1024, 4096, 32768)
+        for ways in (1, 8)
+    ),
+    replace(_model("llama3-8b", 4096, 1), name="llama3-8b-prefill-4k-window1024", options={"window": 1024}),
+)
