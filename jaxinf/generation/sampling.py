@@ -14,6 +14,8 @@ import numpy as np
 from pallas_kernels.errors import InputError
 
 _NO_TOKEN = 2**31 - 1
+_COLDEST = 1e-30
+"""Below it logits of 1e8 would become infinite, and their differences NaN."""
 _FLOAT32 = np.finfo(np.float32)
 
 
@@ -218,7 +220,7 @@ def _only(token: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _warp(x: jax.Array, controls: Controls, temperature: jax.Array) -> jax.Array:
-    x = x / temperature
+    x = x / jnp.maximum(temperature, _COLDEST)
     if controls.top_k is not None:
         bits = _ordered(x)
         k = controls.top_k

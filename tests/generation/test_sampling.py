@@ -88,6 +88,13 @@ def test_tokens_that_tie_with_the_last_one_stay() -> None:
     assert np.isfinite(got[0]).tolist() == [True, True, True, True, False, False]
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-42, 1e-300])
+def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    x = jnp.asarray(40 * logits())
+    controls = Controls.of([SamplingParams(temperature=temperature, top_p=0.9)] * 3)
+    np.testing.assert_array_equal(jnp.argmax(x, axis=-1), sample(x, controls, row_keys(jnp.arange(3), jnp.zeros(3))))
+
+
 def test_processors_come_before_temperature() -> None:
     def shift(x, context):
         return x.at[:, 1].add(jnp.where(context.emitted == 2, 10.0, 0.0))
