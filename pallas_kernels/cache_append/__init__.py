@@ -1,5 +1,6 @@
 """Writing new tokens into a cache, in place."""
 
 from pallas_kernels.cache_append.api import cache_append
+from pallas_kernels.cache_append.blocks import Blocks
 
-__all__ = ["cache_append"]
+__all__ = ["Blocks", "cache_append"]

@@ -7,12 +7,21 @@ from pallas_kernels.stored import encode
 
 
 def reference(
-    cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array, counts: jax.Array, *, ring: bool
-) -> jax.Array:
+    cache: jax.Array,
+    new: jax.Array,
+    layer: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    scales: jax.Array | None,
+    new_scales: jax.Array | None,
+    *,
+    ring: bool,
+) -> tuple[jax.Array, ...]:
     """Write token t of row b into slot starts[b] + t (modulo S in a ring) of cache[layer, b], for t < counts[b].
 
     Tokens whose slot is not within 0..S-1 are dropped. Of two tokens of a row with the same slot in a ring, the
-    later one stays. cache [L, B, K, S, D], new [B, K, T, D]; returns the cache.
+    later one stays. cache [L, B, K, S, D], new [B, K, T, D]; new_scales [B, K, T] go to the same slots of scales
+    [L, B, K, S]. Returns (cache,), or (cache, scales).
     """
     batch, _, tokens, _ = new.shape
     slots = cache.shape[3]
@@ -24,5 +33,9 @@ def reference(
         target = jnp.mod(target, slots)
     target = jnp.where(write & (target >= 0), target, slots)
     rows = jnp.arange(batch)[:, None]
-    values = jnp.swapaxes(encode(new, cache.dtype), 1, 2)
-    return cache.at[layer, rows, :, target].set(values, mode="drop")
+
+    def put(x: jax.Array, values: jax.Array) -> jax.Array:
+        return x.at[layer, rows, :, target].set(jnp.swapaxes(encode(values, x.dtype), 1, 2), mode="drop")
+
+    cache = put(cache, new)
+    return (cache,) if scales is None or new_scales is None else (cache, put(scales, new_scales))

@@ -11,9 +11,26 @@ from pallas_kernels.stored import encode, from_bits, to_bits
 # Jitted, so that the layers of a model share one trace.
 @partial(jax.jit, static_argnames="ring")
 def xla(
-    cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array, counts: jax.Array, *, ring: bool
-) -> jax.Array:
+    cache: jax.Array,
+    new: jax.Array,
+    layer: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    scales: jax.Array | None,
+    new_scales: jax.Array | None,
+    *,
+    ring: bool,
+) -> tuple[jax.Array, ...]:
     """The same arguments and results as the reference."""
+    cache = _append(cache, new, layer, starts, counts, ring)
+    if scales is None or new_scales is None:
+        return (cache,)
+    return cache, _append(scales[..., None], new_scales[..., None], layer, starts, counts, ring)[..., 0]
+
+
+def _append(
+    cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array, counts: jax.Array, ring: bool
+) -> jax.Array:
     batch, groups, tokens, dim = new.shape
     slots = cache.shape[3]
     dtype = cache.dtype

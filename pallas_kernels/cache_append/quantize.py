@@ -1,0 +1,22 @@
+"""Quantisation of the tokens that go into a cache with scales."""
+
+import jax
+import jax.numpy as jnp
+
+
+def quantize_tokens(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] as values of `dtype` and one scale for each vector, so that values * scale is about x.
+
+    The scale maps the vector's largest magnitude to the dtype's largest value; int8 uses -127..127. A zero vector
+    has the scale 1.
+
+    Returns:
+      (values [..., D] of `dtype`, scales float32 [...]).
+    """
+    x = x.astype(jnp.float32)
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    top = 127.0 if integer else float(jnp.finfo(dtype).max)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(largest > 0, largest / top, 1.0)
+    x = jnp.clip(x / scale[..., None], -top, top)
+    return (jnp.rint(x) if integer else x).astype(dtype), scale
