@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinf.aot import collectives, memory, topology
@@ -61,8 +62,8 @@ def lower(
     Ops know the chip while tracing (`pallas_kernels.chips.current`) and take their kernels.
 
     Args:
-      args: pytrees of arrays or `jax.ShapeDtypeStruct`s, of which only shape, dtype and sharding matter. What has
-        no sharding on described devices is replicated over the mesh.
+      args: pytrees of arrays or `jax.ShapeDtypeStruct`s, of which only shape, dtype, sharding and layout matter.
+        What has no sharding on described devices is replicated over the mesh.
       chip: "v5e", "v6e", ... or a slice, "v5e:4x4".
       mesh: of described devices (`topology.mesh`); default: one device of the chip.
       donate: positions of arguments whose memory the results may take.
@@ -79,7 +80,9 @@ def lower(
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None)
         here = sharding is not None and sharding.device_set <= described
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if here else everywhere)
+        placed = sharding if here else everywhere
+        layout = getattr(getattr(leaf, "format", None), "layout", None)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=Format(layout, placed) if layout else placed)
 
     began = time.monotonic()
     try:

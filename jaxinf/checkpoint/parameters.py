@@ -16,6 +16,7 @@ from jaxinf.checkpoint.tensors import Pending, Tensors
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
 from pallas_kernels.errors import CheckpointError, UnsupportedError
+from sharding import place
 
 _CHUNK = 1 << 20
 """Elements converted and checked at a time."""
@@ -104,7 +105,7 @@ def fill(
     graph, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     for leaf, host in planned(model, tensors, source, ignorable=ignorable, at=at):
-        flat[leaf.path] = flat[leaf.path].replace(jax.block_until_ready(jax.device_put(host())))
+        flat[leaf.path] = flat[leaf.path].replace(jax.block_until_ready(place(host())))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
