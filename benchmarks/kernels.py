@@ -159,7 +159,7 @@ def goals(chip: str, found: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
                 "goal": f"{'>=' if goal.at_least else '<='} {limit:g}",
                 "reached": "-" if value is None else f"{value:.3f}",
                 "measure": goal.measure + (f" {goal.against}" if goal.against else ""),
-                "ok": "yes" if reached else "NO",
+                "ok": "-" if value is None else "yes" if reached else "NO",
                 "bound by": found[goal.op, goal.case].get("bound", found[goal.op, goal.case].get("error", ""))[:60],
             }
         )

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_compiler import needs_compiler
+from tpu_compiler import compiles
 
 from jaxinf.aot import TooLarge, lower
 from pallas_kernels import chips
 from pallas_kernels.errors import UnsupportedError
 
-pytestmark = needs_compiler
+pytestmark = compiles
 MIB = 1 << 20
 
 
