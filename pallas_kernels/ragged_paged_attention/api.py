@@ -1,7 +1,7 @@
 """Attention over a paged cache, prefill chunks and decode rows mixed in one call."""
 
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def ragged_paged_attention(
         tree,
     )
     scale = positive("scale", dim**-0.5 if scale is None else scale)
-    options = dict(
+    options: dict[str, Any] = dict(
         value_dim=values, latent=latent, scale=scale, softcap=positive("softcap", softcap), left=left, right=right
     )
     if 0 in (*q.shape, rows, per_row) or (tree is not None and 0 in tree.shape):

@@ -67,9 +67,10 @@ def paged_append(
     page_table, kv_lengths, q_starts = check_rows(page_table, kv_lengths, q_starts, tokens, size, count, 0)
     if 0 in (*k.shape, *page_table.shape):
         return pages, page_scales
-    lead = (lambda x: x) if stacked else (lambda x: None if x is None else x[None])
+    if not stacked:
+        pages, page_scales = pages[None], None if page_scales is None else page_scales[None]
     new, scales = rows_to_store(k, v, pages.shape[-1], pages.dtype, page_scales is not None)
-    arrays = New(lead(pages), lead(page_scales), new, scales, page_table, kv_lengths, q_starts, layer)
+    arrays = New(pages, page_scales, new, scales, page_table, kv_lengths, q_starts, layer)
     out, out_scales = dispatch(
         "paged_append",
         implementation,
@@ -77,7 +78,7 @@ def paged_append(
         reference=reference,
         xla=xla,
         pallas=pallas,
-        unsupported=unsupported(lead(pages), page_table),
+        unsupported=unsupported(pages, page_table),
     )
     return (out, out_scales) if stacked else (out[0], None if out_scales is None else out_scales[0])
 

@@ -22,7 +22,8 @@ from pallas_kernels.ragged_paged_attention.walk import Piece
 
 LOWEST, HIDDEN = -1e30, -2e30
 LOG2E = math.log2(math.e)
-TOGETHER = 8  # key heads of a token that are computed side by side
+TOGETHER = 8  # key heads that are computed side by side,
+TOGETHER_ROWS = 256  # unless they have more rows than this
 
 
 class State(NamedTuple):
@@ -97,17 +98,22 @@ class Attend:
 
         @pl.when(jnp.logical_not(one))
         def _():
-            lax.fori_loop(*self.tiles(piece, begin), lambda tile, _: self.load_tile(tile, piece, begin), 0)
+            lax.fori_loop(0, self.tiles(piece), lambda tile, _: self.load_tile(tile, piece, begin), 0)
 
-    def tiles(self, piece: Piece, begin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def tiles(self, piece: Piece) -> jax.Array:
+        return lax.div(piece.last - piece.first + (self.blocks.q_tile - 1), self.blocks.q_tile)
+
+    def tile_start(self, tile: jax.Array, piece: Piece, begin: jax.Array) -> jax.Array:
+        """Where a tile begins in the window: whole tiles from the piece's first token, if that leaves room."""
         size = self.blocks.q_tile
-        return lax.div(piece.first - begin, size), lax.div(piece.last - begin + (size - 1), size)
+        return jnp.minimum(piece.first - begin + tile * size, self.blocks.q - size)
 
     def load_tile(self, tile: jax.Array, piece: Piece, begin: jax.Array) -> int:
         size = self.blocks.q_tile
         lanes = self.facts.key_lanes
-        x = self.queries(self.q[pl.ds(tile * size, size)])
-        position = piece.offset + begin + tile * size + lax.broadcasted_iota(jnp.int32, (size, 1, 1), 0)
+        start = self.tile_start(tile, piece, begin)
+        x = self.queries(self.q[pl.ds(start, size)])
+        position = piece.offset + begin + start + lax.broadcasted_iota(jnp.int32, (size, 1, 1), 0)
         self.wide[:, :, :lanes] = jnp.where(position >= 0, x, 0.0)  # Before the text a query may be nan.
         for head in range(self.heads):
             group, nth = divmod(head, self.share)
@@ -145,7 +151,6 @@ class Attend:
         self, piece: Piece, begin: jax.Array, one: jax.Array, key: jax.Array, pages: Any, scales: Any
     ) -> None:
         """key: position of the block's first key; pages [pages, K, page, W], scales [pages, 1, 2 * K * page]."""
-        size = self.blocks.pages * self.facts.page
         self.clean(piece, key, pages)
         if scales is not None:
             self.spread_scales(piece, key, scales)
@@ -153,56 +158,81 @@ class Attend:
         @pl.when(one)
         def _():
             position = piece.offset + piece.first
-            whole = key + size <= piece.high
+            together = min(TOGETHER, self.groups)
+            self.parts(
+                piece, key, pages, (self.blocks.keys_one, position, position, position, 1), self.single, together
+            )
+
+        @pl.when(jnp.logical_not(one))
+        def _():
+            size = self.blocks.q_tile
+            together = max(1, min(TOGETHER, TOGETHER_ROWS // (self.share * size)))
+
+            def each(tile, _):
+                first = piece.offset + begin + self.tile_start(tile, piece, begin)
+                low = jnp.maximum(first, piece.offset + piece.first)
+                high = jnp.minimum(first + size, piece.offset + piece.last) - 1
+                facts = (self.blocks.keys, first, low, high, size)
+                self.parts(piece, key, pages, facts, self.tile.at(tile), together)
+                return 0
+
+            lax.fori_loop(0, self.tiles(piece), each, 0)
+
+    def parts(
+        self,
+        piece: Piece,
+        key: jax.Array,
+        pages: Any,
+        tokens: tuple[int, jax.Array, jax.Array, jax.Array, int],
+        states: State,
+        together: int,
+    ) -> None:
+        """Visits the parts of a block that some tokens see, for all heads.
+
+        tokens: keys of a part, the position of the first token, the least and the largest position whose rows
+        matter, and how many tokens there are. together: heads that are computed side by side.
+        """
+        part, first, low, high, count = tokens
+        total = self.blocks.pages * self.facts.page
+        end = lax.div(jnp.clip(jnp.minimum(high + 1, piece.high) - key, 0, total) + (part - 1), part)
+        start = 0 * end
+        if self.left is not None:
+            start = lax.div(jnp.clip(low - self.left - key, 0, total), part)
+        sets = [range(head, min(head + together, self.groups)) for head in range(0, self.groups, together)]
+
+        def each(nth, _):
+            at = pl.multiple_of(nth * part, part)
+            whole = key + at + part <= low + 1
             if self.left is not None:
-                whole &= key >= position - self.left
+                whole &= key + at >= high - self.left
             if self.slopes is not None:
                 whole = jnp.bool_(False)
 
             def all_heads(masked):
-                for start in range(0, self.groups, TOGETHER):
-                    heads = range(start, min(start + TOGETHER, self.groups))
-                    states = [(self.single.at(head), head) for head in heads]
-                    self.update(states, pages, key, 0, size, position if masked else None, 1)
+                position = first if masked else None
+                if count == 1 or len(sets) == 1:
+                    for heads in sets:
+                        self.update(
+                            [(states.at(head), head) for head in heads], pages, key, at, part, position, count
+                        )
+                    return
+
+                def some_heads(index, _):
+                    heads = [index * together + nth for nth in range(together)]
+                    self.update([(states.at(head), head) for head in heads], pages, key, at, part, position, count)
+                    return 0
+
+                lax.fori_loop(0, self.groups // together, some_heads, 0)
+                if self.groups % together:
+                    self.update(
+                        [(states.at(head), head) for head in sets[-1]], pages, key, at, part, position, count
+                    )
 
             pl.when(whole)(lambda: all_heads(False))
             pl.when(jnp.logical_not(whole))(lambda: all_heads(True))
+            return 0
 
-        @pl.when(jnp.logical_not(one))
-        def _():
-            lax.fori_loop(
-                *self.tiles(piece, begin), lambda tile, _: self.block_tile(tile, piece, begin, key, pages), 0
-            )
-
-    def block_tile(self, tile: jax.Array, piece: Piece, begin: jax.Array, key: jax.Array, pages: Any) -> int:
-        size = self.blocks.q_tile
-        first = piece.offset + begin + tile * size
-        part = self.blocks.keys
-        for at in range(0, self.blocks.pages * self.facts.page, part):
-            # The tile's own tokens, the row's among them, are what may see keys.
-            low, high = (
-                jnp.maximum(first, piece.offset + piece.first),
-                jnp.minimum(first + size, piece.offset + piece.last),
-            )
-            alive = key + at < high
-            whole = key + at + part <= low + 1
-            if self.left is not None:
-                alive &= key + at + part > low - self.left
-                whole &= key + at >= high - 1 - self.left
-            if self.slopes is not None:
-                whole = jnp.bool_(False)
-
-            def all_heads(masked, at=at):
-                def one(head, _):
-                    state = self.tile.at(tile, head)
-                    self.update([(state, head)], pages, key, at, part, first if masked else None, size)
-                    return 0
-
-                lax.fori_loop(0, self.groups, one, 0)
-
-            pl.when(alive & whole)(lambda run=all_heads: run(False))
-            pl.when(alive & jnp.logical_not(whole))(lambda run=all_heads: run(True))
-        return 0
+        lax.fori_loop(start, end, each, 0)
 
     def clean(self, piece: Piece, key: jax.Array, pages: Any) -> None:
         """Zeros where no query may look: memory there may hold nan, and 0 * nan is nan."""
@@ -254,7 +284,7 @@ class Attend:
         states: list[tuple[State, Any]],
         pages: Any,
         key: jax.Array,
-        at: int,
+        at: jax.Array,
         size: int,
         position: jax.Array | None,
         tokens: int,
@@ -265,11 +295,11 @@ class Attend:
         so many tokens each. The heads go through each stage together, so that one's waiting is another's work.
         """
         facts = self.facts
-        first, count = at // facts.page, size // facts.page
+        first, count = lax.div(at, facts.page), size // facts.page
         bias = None if position is None else self.bias(key + at, position, (tokens, size))
 
         def block(head, start, lanes):
-            x = pages[first : first + count, head, :, start : start + lanes]
+            x = pages[pl.ds(first, count), head, :, start : start + lanes]
             return x.reshape(size, lanes).astype(facts.compute_dtype)
 
         olds = [state.peak[...] for state, _ in states]
@@ -321,9 +351,9 @@ class Attend:
             return (s.reshape(self.share, tokens, size) + slope[:, :, None] * far + hidden).reshape(s.shape)
         return s + hidden if tokens == 1 else (s.reshape(self.share, tokens, size) + hidden).reshape(s.shape)
 
-    def scaled(self, x: jax.Array, head: Any, at: int) -> jax.Array:
+    def scaled(self, x: jax.Array, head: Any, at: jax.Array) -> jax.Array:
         """x [R, size] times the scales of its keys."""
-        row = at // LANES
+        row = lax.div(at, LANES)
         parts = [
             x[:, i : i + LANES] * self.scales[head, pl.ds(row + i // LANES, 1), :]
             for i in range(0, x.shape[1], LANES)
@@ -357,7 +387,7 @@ class Attend:
 
         @pl.when(jnp.logical_not(one))
         def _():
-            lax.fori_loop(*self.tiles(piece, begin), lambda tile, _: self.store_tile(tile, piece, begin), 0)
+            lax.fori_loop(0, self.tiles(piece), lambda tile, _: self.store_tile(tile, piece, begin), 0)
 
     def result(self, state: State) -> tuple[jax.Array, jax.Array]:
         """out [R, Dv] and the log-sum-exp [R, 128] of finished rows."""
@@ -371,7 +401,8 @@ class Attend:
 
     def store_tile(self, tile: jax.Array, piece: Piece, begin: jax.Array) -> int:
         size = self.blocks.q_tile
-        window = pl.ds(tile * size, size)
+        start = self.tile_start(tile, piece, begin)
+        window = pl.ds(start, size)
         for what, target in ((0, self.out), (1, self.lse)):
             if target is None:
                 continue
@@ -380,7 +411,7 @@ class Attend:
                 x = self.result(self.tile.at(tile, group))[what]
                 for nth in range(self.share):
                     self.wide[:, group * self.share + nth, :lanes] = x[nth * size : (nth + 1) * size]
-            at = begin + tile * size + lax.broadcasted_iota(jnp.int32, (size, 1, 1), 0)
+            at = begin + start + lax.broadcasted_iota(jnp.int32, (size, 1, 1), 0)
             mine = (at >= piece.first) & (at < piece.last)
             new = jnp.where(mine, self.wide[:, :, :lanes], target[window].astype(jnp.float32))
             target[window] = new.astype(target.dtype)

@@ -22,11 +22,12 @@ class Blocks:
     q_tile: int  # queries of a chunk that are multiplied at a time
     pages: int  # of a block
     keys: int = 512  # of a block that a tile of a chunk is multiplied with at a time
+    keys_one: int = 1024  # the same for a token alone
     buffers: int = 2  # blocks that are held or on their way
     run: int = 8  # pages that one copy takes where their ids follow each other
 
     def __post_init__(self):
-        if min(self.q, self.q_tile, self.pages, self.keys, self.run) < 1 or self.buffers < 2:
+        if min(self.q, self.q_tile, self.pages, self.keys, self.keys_one, self.run) < 1 or self.buffers < 2:
             raise InputError(f"blocks={self}, but every size must be 1 or more, and buffers 2 or more.")
 
 
@@ -129,20 +130,33 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     return held + windows + rows * state + wide + scores
 
 
+def check(problem: Problem, blocks: Blocks) -> None:
+    """Refuses sizes that the kernel cannot work in."""
+    total = blocks.pages * problem.page
+    wrong = [
+        f"{name}={size}, which must divide {total} and be a multiple of {_up(problem.page, LANES)}"
+        for name, size in (("keys", blocks.keys), ("keys_one", blocks.keys_one))
+        if total % size or size % problem.page or size % LANES
+    ]
+    if blocks.q % blocks.q_tile or blocks.q_tile % 8:
+        wrong.append(f"q_tile={blocks.q_tile}, which must divide q={blocks.q} and be a multiple of 8")
+    if wrong:
+        raise InputError(f"blocks={blocks} for pages of {problem.page} tokens: {'; '.join(wrong)}.")
+
+
 def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
     """What a search tries: the rule's windows, with other blocks of pages and other tiles."""
     base = heuristic(problem, chip)
     found = {base}
-    for size in (256, 512, 1024, 2048):
-        pages = _pages(problem, size)
+    for keys in (512, 1024, 2048, 4096):
         for buffers in (2, 3):
             for tile in {base.q_tile, min(2 * base.q_tile, base.q), max(8, base.q_tile // 2)}:
                 if base.q % tile == 0:
-                    keys = min(base.keys, pages * problem.page)
-                    found.add(
-                        replace(base, q_tile=tile, pages=pages, keys=keys, buffers=buffers, run=min(pages, 8))
-                    )
-    return sorted(found, key=lambda b: (b.q, b.q_tile, b.pages, b.keys, b.buffers, b.run))
+                    found.add(replace(_sized(problem, base.q, tile, keys), buffers=buffers))
+    for keys in (256, 512, 1024, 2048):
+        if base.pages * problem.page % keys == 0 and keys % max(LANES, problem.page) == 0:
+            found |= {replace(base, keys=keys), replace(base, keys_one=keys)}
+    return sorted(found, key=lambda b: (b.q, b.q_tile, b.pages, b.keys, b.keys_one, b.buffers, b.run))
 
 
 def heuristic(problem: Problem, chip: Chip) -> Blocks:
@@ -150,18 +164,17 @@ def heuristic(problem: Problem, chip: Chip) -> Blocks:
     where rows have a few tokens each; all of it smaller until it fits."""
     p = problem
     token = p.kv_heads * p.width * jnp.dtype(p.cache).itemsize
-    keys = max(LANES, min(1024, _power(max(1, BLOCK_BYTES // token))))
+    keys = max(LANES, min(4096, _power(max(1, BLOCK_BYTES // token))))
     share = p.heads // p.kv_heads
     few = p.tokens <= 8 * p.rows
     q_tile = 8 if few else max(8, min(128, _power(TILE_ROWS // share)))
     q = min(32 if few else 128, _up(p.tokens, q_tile))
     while True:
-        pages = _pages(p, min(keys, _up(p.per_row * p.page, LANES)))
-        blocks = Blocks(q, q_tile, pages, min(512, pages * p.page), 2, min(8, pages))
+        blocks = _sized(p, q, q_tile, keys)
         if vmem_bytes(p, blocks) <= budget(chip):
             return blocks
         if q > 8:
-            q //= 2
+            q = _up(q // 2, 8)
             q_tile = min(q_tile, q)
         elif keys > LANES:
             keys //= 2
@@ -172,9 +185,16 @@ def heuristic(problem: Problem, chip: Chip) -> Blocks:
             )
 
 
-def _pages(problem: Problem, keys: int) -> int:
-    """Pages of at least so many keys, in whole lanes."""
-    return _up(-(-keys // problem.page), max(1, LANES // problem.page))
+def _sized(problem: Problem, q: int, q_tile: int, keys: int) -> Blocks:
+    """Blocks of about so many keys, whole pages and whole lanes, no more than the table asks for."""
+    unit = max(LANES, problem.page)
+    keys = min(_up(keys, unit), _power(-(-problem.per_row * problem.page // unit) * 2 - 1) * unit)
+    pages = keys // problem.page
+    # The matrix unit waits less with more keys at a time; a token alone has few rows to wait with.
+    one = 1024 if problem.kv_heads > 4 else 2048
+    cuts = [cut * unit for cut in range(1, keys // unit + 1) if keys // unit % cut == 0]
+    part, part_one = (max(cut for cut in cuts if cut <= max(size, unit)) for size in (512, one))
+    return Blocks(q, q_tile, pages, part, part_one, 2, min(8, pages))
 
 
 def _up(value: int, multiple: int) -> int:

@@ -132,7 +132,7 @@ class Case:
 
         q, pages, scales = self.shapes
         names = [*self.arrays, *(["page_scales"] if scales is not None else [])]
-        given = {name: make(np.random.default_rng(0), self) for name, make in self.arrays.items()}
+        given: dict[str, Any] = {name: make(np.random.default_rng(0), self) for name, make in self.arrays.items()}
         if scales is not None:
             given["page_scales"] = jax.ShapeDtypeStruct(scales, jnp.float32)
         options: dict[str, Any] = self.static | ({} if self.layers is None else {"layer": self.layers - 1})

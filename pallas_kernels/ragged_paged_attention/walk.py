@@ -4,7 +4,9 @@ A piece is the part of a row that lies in a window of query tokens. Its blocks a
 that any of its queries may see to the last one.
 """
 
+import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -162,39 +164,32 @@ class Walk:
             self.start(row * self.per_row + piece.page + block * self.per_block, pages, slot)
 
     def start(self, entry: jax.Array, pages: jax.Array, slot: jax.Array) -> None:
-        """Starts the copies of `pages` entries of the table. A run of consecutive pages is one copy."""
-        run = self.run
+        """Starts the copies of `pages` entries of the table, by runs that halve until none is left."""
+        done, run = 0 * pages, self.run
+        while run:
+            groups = lax.div(pages - done, run)
+            lax.fori_loop(0, groups, partial(self.start_run, entry + done, slot, done, run), 0)
+            done += groups * run
+            run //= 2
 
-        def ids(index, count):
-            return [self.page_id(entry + index + k) for k in range(count)]
+    def start_run(
+        self, entry: jax.Array, slot: jax.Array, index: jax.Array, run: int, group: jax.Array, _: int
+    ) -> int:
+        """Copies `run` entries: at once where their pages follow each other, else one by one."""
+        found = [self.page_id(entry + group * run + k) for k in range(run)]
+        index = index + group * run
+        together = functools.reduce(jnp.logical_and, (page == found[0] + k for k, page in enumerate(found)))
 
-        def many(group, _):
-            index = group * run
-            found = ids(index, run)
-            together = found[0] + (run - 1) < self.pages.shape[0]
-            for k in range(1, run):
-                together &= found[k] == found[0] + k
+        @pl.when(together)
+        def _():
+            self.copy(found[0], slot, index, run)
 
-            @pl.when(together)
-            def _():
-                self.copy(found[0], slot, index, run)
+        @pl.when(jnp.logical_not(together))
+        def _():
+            for k, page in enumerate(found):
+                self.copy(page, slot, index + k, 1)
 
-            @pl.when(jnp.logical_not(together))
-            def _():
-                for k, page in enumerate(found):
-                    self.copy(page, slot, index + k, 1)
-
-            return 0
-
-        def one(index, _):
-            self.copy(ids(index, 1)[0], slot, index, 1)
-            return 0
-
-        groups = 0 * pages
-        if run > 1:
-            groups = lax.div(pages, run)
-            lax.fori_loop(0, groups, many, 0)
-        lax.fori_loop(groups * run, pages, one, 0)
+        return 0
 
     def page_id(self, entry: jax.Array) -> jax.Array:
         """An id that can be read whatever the table holds (a negative one is a large unsigned one)."""
