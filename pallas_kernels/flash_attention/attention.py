@@ -54,8 +54,8 @@ def _attend(options: Options, q, k, v, sinks, slopes, rules: Rules) -> Pair:
 
 
 def _save(options: Options, *arrays):
-    out, lse = _attend(options, *arrays)
-    return (out, lse), (*arrays, out, lse)
+    results: Pair = _attend(options, *arrays)
+    return results, (*arrays, *results)
 
 
 def _gradients(options: Options, saved, cotangents):

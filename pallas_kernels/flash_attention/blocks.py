@@ -1,6 +1,6 @@
 """Block sizes of the Pallas kernel of `flash_attention`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pallas_kernels import tuned
 from pallas_kernels.chips import Chip
@@ -26,6 +26,7 @@ class Problem:
     causal: bool = True
     window: int | None = None  # keys that a query sees at most, where a window limits both sides
     per_head_masks: bool = False  # the block mask differs between heads: one head at a time
+    lists: int = 1  # lists of steps: the rows, and blocks of heads, whose masks differ
     mask_bytes: int = 0  # of arrays that stay in VMEM: ancestors and the cells of a block mask
 
     @property
@@ -48,8 +49,8 @@ class Blocks:
       tile_q, tile_kv: what masks are decided for; tile_kv is also how many keys one product covers. tile_q is a
         power of two of 16 or more.
       width: query columns (of all heads together) that one product covers.
-      ones: whether the matrix unit sums the weights, by rows of ones under the values; else the vector unit.
       ahead: how many products of queries and keys are begun before the softmax of the first one.
+      ones: whether the matrix unit sums the weights, by rows of ones under the values; else the vector unit.
     """
 
     q: int
@@ -83,7 +84,7 @@ class Blocks:
         q = min(self.q, max(SMALLEST, power_above(problem.queries)))
         tile_kv = min(self.tile_kv, -(-problem.keys // LANES) * LANES)
         kv = min(self.kv, -(-problem.keys // tile_kv) * tile_kv)
-        return Blocks(q, kv, heads, min(self.tile_q, q), tile_kv, self.width, self.ahead, self.ones)
+        return replace(self, q=q, kv=kv, heads=heads, tile_q=min(self.tile_q, q), tile_kv=tile_kv)
 
 
 def power_above(n: int) -> int:
@@ -111,23 +112,70 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     return copied + scratch + scores + p.mask_bytes
 
 
+def smem_bytes(problem: Problem, blocks: Blocks) -> int:
+    """The lists of steps: two numbers for each pair of blocks."""
+    b = blocks.fit(problem)
+    return 8 * problem.lists * -(-problem.queries // b.q) * -(-problem.keys // b.kv)
+
+
 def heuristic(problem: Problem, chip: Chip) -> Blocks:
-    """About 2048 query columns against 512 keys, in tiles of 256 x 256; less where VMEM is short."""
-    heads = problem.share if problem.share <= 8 else 8
-    q = max(256, 2048 // heads)
-    blocks = Blocks(1 << (q.bit_length() - 1), 512, heads, 256, 256, 256, 6).fit(problem)
-    while vmem_bytes(problem, blocks) > tuned.budget(chip) and blocks.q > blocks.tile_q:
-        blocks = Blocks(blocks.q // 2, blocks.kv, blocks.heads, blocks.tile_q, blocks.tile_kv, blocks.width, 4)
+    """Many query columns (4096, or 8192 on wide matrix units) against 1024 keys, in tiles of 256 x 256.
+
+    The products of such a block keep the matrix units busy while its first scores and its last weights are made.
+    Windows narrower than a tile get tiles of 128. Less where VMEM is short.
+    """
+    wide = chip.mxu > LANES
+    ahead = 6 if wide else 3
+    heads = _heads(problem)
+    columns = 8192 if wide and problem.head_dim <= LANES else 4096
+    narrow = problem.window is not None and problem.window < 256
+    tile, most_q, kv = (LANES, 512, 512) if narrow else (256, 1024, 1024)
+    q = max(tile, min(most_q, columns // power_above(heads)))
+    blocks = Blocks(q, kv, heads, tile, tile, tile, ahead, wide).fit(problem)
+    while vmem_bytes(problem, blocks) > tuned.budget(chip):
+        smaller = _smaller(blocks)
+        if smaller is None:
+            break
+        blocks = smaller.fit(problem)
+    while smem_bytes(problem, blocks) > chip.smem // 2:
+        # Longer blocks of more coarse tiles: the lists of a long text in a batch would not fit.
+        wider = replace(blocks, kv=2 * blocks.kv, tile_kv=2 * blocks.tile_kv)
+        if blocks.kv > blocks.q:
+            wider = replace(blocks, q=2 * blocks.q, tile_q=2 * blocks.tile_q)
+        if vmem_bytes(problem, wider) > tuned.budget(chip):
+            break
+        blocks = wider
     return blocks
 
 
+def _heads(problem: Problem) -> int:
+    most = 1 if problem.per_head_masks else 8
+    return next(n for n in range(most, 0, -1) if problem.share % n == 0)
+
+
+def _smaller(blocks: Blocks) -> Blocks | None:
+    b = blocks
+    if b.kv > 2 * b.tile_kv:
+        return replace(b, kv=b.kv // 2 // b.tile_kv * b.tile_kv)
+    if b.heads > 2:
+        return replace(b, heads=b.heads // 2)
+    if b.q > b.tile_q:
+        return replace(b, q=b.q // 2)
+    if b.kv > b.tile_kv:
+        return replace(b, kv=b.tile_kv)
+    return replace(b, heads=1) if b.heads > 1 else None
+
+
 def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
-    """What a search tries."""
-    found = {}
-    for q in (256, 512, 1024, 2048):
-        for kv in (256, 512, 1024, 2048):
-            for tile, width, ahead in ((256, 256, 6), (256, 512, 3), (512, 512, 2)):
-                if q >= tile <= kv and (q // tile) * (kv // tile) <= MAX_TILES:
-                    blocks = Blocks(q, kv, 8, tile, tile, width, ahead).fit(problem)
-                    found[blocks] = None
+    """What a search tries, the likely ones first."""
+    wide = chip.mxu > LANES
+    found = {heuristic(problem, chip): None}
+    heads = _heads(problem)
+    shapes = [(1024, 1024), (512, 1024), (1024, 512), (512, 512), (2048, 512), (512, 2048), (256, 512), (256, 256)]
+    tiles = [(256, 256, 256), (128, 128, 128), (256, 256, 512), (512, 256, 256)]
+    for tile_q, tile_kv, width in tiles:
+        for q, kv in shapes:
+            for ahead in (6, 3) if wide else (3, 6):
+                if q // tile_q * (kv // tile_kv) in range(1, MAX_TILES + 1):
+                    found[Blocks(q, kv, heads, tile_q, tile_kv, width, ahead, wide).fit(problem)] = None
     return list(found)

@@ -1,8 +1,8 @@
 """The body of the `flash_attention` kernel: one block of queries against one block of keys.
 
-Scores are held transposed, [keys, query columns]: S' = K Q', O' = V' P'. The maximum then runs down the sublanes, the
-state of the softmax is one row, and the 256 columns of a wide matrix unit are filled with queries where V's head size
-would fill half. V' may get a row of ones, so that the matrix unit sums the weights too.
+Scores are held transposed, [keys, query columns]: S' = K Q', O' = V' P'. The maximum then runs down the sublanes,
+the state of the softmax is one row, and the 256 columns of a wide matrix unit are filled with queries, where V's
+head size would fill half. V' may get a row of ones, so that the matrix unit sums the weights too.
 
 The columns are the queries of several heads that share a key head: tile of queries by tile, in it head by head.
 """
@@ -27,7 +27,7 @@ LOWEST = -1e30  # below every score, and finite, so that differences of maxima a
 class Form:
     """What is fixed while tracing.
 
-    minor: of q, k, v and the result, whether the tokens run along the lanes, [heads, D, tokens]; else [.., tokens, D].
+    minor: whether the tokens of q, k, v and the result run along the lanes, [.., D, tokens]; else [.., tokens, D].
     """
 
     blocks: Blocks
@@ -53,7 +53,7 @@ class Form:
 
     @property
     def ones(self) -> int:
-        """Rows of ones under V': as many as a tile of memory has, or none where the vector unit adds the weights."""
+        """Rows of ones under V': a tile of memory full, or none where the vector unit adds the weights."""
         if not self.blocks.ones:
             return 0
         return 8 if self.dtype == jnp.float32 else 16
@@ -138,7 +138,14 @@ def body(form: Form, refs: Refs, index: Any) -> None:
     for pattern in known:
         states = schedule.tile_list(pattern, across * down)
         units = [
-            Unit(a * form.tile_columns + at, width, at % b.tile_q, a, c * b.tile_kv, states[a * down + c] == schedule.PARTIAL)
+            Unit(
+                a * form.tile_columns + at,
+                width,
+                at % b.tile_q,
+                a,
+                c * b.tile_kv,
+                states[a * down + c] == schedule.PARTIAL,
+            )
             for c in range(down)
             for a in range(across)
             if states[a * down + c] != schedule.DEAD
@@ -159,11 +166,18 @@ def body(form: Form, refs: Refs, index: Any) -> None:
         _take_block(form, refs)
 
         def tile(n, _):
-            a, c = n // down, n % down
+            a, c = jax.lax.div(n, down), jax.lax.rem(n, down)
             state = word >> 2 * n & 3
             for wanted in (schedule.FULL, schedule.PARTIAL):
                 units = [
-                    Unit(a * form.tile_columns + at, width, at % b.tile_q, a, c * b.tile_kv, wanted == schedule.PARTIAL)
+                    Unit(
+                        a * form.tile_columns + at,
+                        width,
+                        at % b.tile_q,
+                        a,
+                        c * b.tile_kv,
+                        wanted == schedule.PARTIAL,
+                    )
                     for at, width in form.widths
                 ]
                 pl.when(state == wanted)(lambda units=units: _run(form, refs, place, units))

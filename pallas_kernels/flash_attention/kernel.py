@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, tuned
+from pallas_kernels.errors import InputError
 from pallas_kernels.flash_attention import blocks as block_sizes
 from pallas_kernels.flash_attention import schedule, visibility
 from pallas_kernels.flash_attention.blocks import LANES, Blocks, Problem
@@ -59,9 +60,16 @@ def problem_of(q: Any, k: Any, v: Any, rules: Rules) -> Problem:
         dtype=q.dtype.name,
         causal=rules.causal,
         window=None if rules.left is None or right is None else rules.left + right + 1,
+        lists=_lists(rules, batch),
         per_head_masks=rules.blocks is not None and rules.blocks.shape[0] > 1,
         mask_bytes=mask_bytes,
     )
+
+
+def _lists(rules: Rules, batch: int) -> int:
+    by_row = (rules.q_offset, rules.lengths, rules.q_segments, rules.ancestors)
+    rows = batch if any(x is not None and x.shape[0] > 1 for x in by_row) else 1
+    return rows * (1 if rules.blocks is None else rules.blocks.shape[0])
 
 
 def pallas(
@@ -84,12 +92,16 @@ def pallas(
     problem = problem_of(q, k, v, rules)
     chip = chips.current()
     sizes = tuned.choose("flash_attention", block_sizes, problem, chip, blocks).fit(problem)
+    need = block_sizes.smem_bytes(problem, sizes)
+    if need > chip.smem * 3 // 4:
+        raise InputError(
+            f"blocks={sizes} make lists of {need} bytes in flash_attention, but a {chip.name} has {chip.smem} "
+            "bytes of SMEM, three quarters of it for them: make q and kv larger."
+        )
     grain = schedule.Grain(sizes.q, sizes.kv, sizes.tile_q, sizes.tile_kv)
     nq, _ = grain.counts(queries, keys)
-    arrays_known = all(
-        x is None for x in (rules.lengths, rules.q_segments, rules.blocks, rules.ancestors)
-    )
-    if offset is not None and arrays_known:
+    no_arrays = all(x is None for x in (rules.lengths, rules.q_segments, rules.blocks, rules.ancestors))
+    if offset is not None and no_arrays:
         xp, planned = np, replace(rules, q_offset=np.array([offset], np.int32))
     else:
         xp, planned = jnp, rules
@@ -123,9 +135,7 @@ def pallas(
     length = plan.steps.shape[2]
     known_offset = rules.q_offset if offset is None else np.array([offset])
     limits = np.array([keys]) if rules.lengths is None else jnp.minimum(rules.lengths, keys)
-    prefetched = [
-        jnp.asarray(x, jnp.int32).reshape(-1) for x in (plan.steps, plan.tiles, limits, known_offset)
-    ]
+    prefetched = [jnp.asarray(x, jnp.int32).reshape(-1) for x in (plan.steps, plan.tiles, limits, known_offset)]
 
     def index(row: Any, head: Any, step: Any) -> Any:
         row, head = row if row_lists else 0, head if head_lists else 0
@@ -145,7 +155,9 @@ def pallas(
     def run(*refs):
         scalars, rest = refs[:PREFETCHED], refs[PREFETCHED:]
         given, (out, lse, *scratch) = rest[: len(names)], rest[len(names) :]
-        held = Refs(*scalars, out=out, lse=lse, **arrays.scratch_names(scratch), **dict(zip(names, given, strict=True)))
+        held = Refs(
+            *scalars, out=out, lse=lse, **arrays.scratch_names(scratch), **dict(zip(names, given, strict=True))
+        )
         body(form, held, index(pl.program_id(0), pl.program_id(1), pl.program_id(2)))
 
     (out_shape, out_spec), (lse_shape, lse_spec) = arrays.outputs()
@@ -186,8 +198,11 @@ def _patterns(rules: Rules, offset: int | None, grain: schedule.Grain) -> tuple[
 
 @dataclass(frozen=True)
 class _Arrays:
-    """The arrays of one call in the kernel's layouts: each with its block's shape and, of row, block of heads, block
-    of queries and block of keys, the place of the block."""
+    """The arrays of one call in the kernel's layouts.
+
+    Each comes with the shape of its block and a function that gives the block's place from those of the row, the
+    heads, the queries and the keys.
+    """
 
     form: Form
     batch: int
@@ -203,7 +218,7 @@ class _Arrays:
         form, b = self.form, self.form.blocks
 
         def group(h: Any) -> Any:
-            return h * b.heads // self.share
+            return h if b.heads == self.share else jax.lax.div(h, self.share // b.heads)
 
         made = []
 

@@ -1,9 +1,9 @@
 """Which blocks of keys each block of queries visits, and what is hidden inside them.
 
-Blocks are cut into tiles of tile_q queries x tile_kv keys. A tile is DEAD (no query sees a key), FULL (every query
-sees every key) or PARTIAL. The kernel's grid walks a list of steps, one for each pair of blocks with a live tile, so
-dead blocks cost neither time nor copies. The functions take NumPy or jax.numpy as `xp`: what is known while tracing
-becomes constants.
+Blocks are cut into tiles of tile_q queries x tile_kv keys. A tile is DEAD (no query sees a key), FULL (every
+query sees every key) or PARTIAL. The kernel's grid walks a list of steps, one for each pair of blocks with a live
+tile, so dead blocks cost neither time nor copies. The functions take NumPy or jax.numpy as `xp`: what is known
+while tracing becomes constants.
 """
 
 from dataclasses import dataclass

@@ -103,7 +103,7 @@ def visible(rules: Static, tile: Tile) -> jax.Array:
     if rules.tree:
         node, chosen = _nodes(tile)
         inside = _inside(rules, node)
-        # 1 where the tree shows the node, 0 where it hides it; kept as numbers, since masks cannot be chosen between.
+        # 1 where the tree shows the node, 0 where it hides it: a TPU selects between numbers, not between masks.
         shown = jnp.where(inside, _one_hot_dot(chosen.astype(jnp.float32), tile.ancestors), 1.0)
         if rules.causal:
             shown = jnp.where(inside | (distance <= 0), shown, 0.0)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
 from pallas_kernels.flash_attention.tiles import (
     Plan,
     by_groups,
@@ -27,6 +26,7 @@ from pallas_kernels.flash_attention.tiles import (
     used_keys,
     visits,
 )
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
 from pallas_kernels.masks import Rules
 
 Pair = tuple[jax.Array, jax.Array]
@@ -116,4 +116,3 @@ def _chunk(plan: Plan, blocks: XlaBlocks, q, k, v, sinks, slopes, rules: Rules) 
 
     out = jnp.zeros((*q.shape[:4], v.shape[3]), q.dtype)
     return jax.lax.fori_loop(0, q_count, block, (out, jnp.zeros(out.shape[:4])))
-

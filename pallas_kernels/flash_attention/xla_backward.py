@@ -8,7 +8,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
 from pallas_kernels.flash_attention.tiles import (
     Plan,
     add_at,
@@ -23,6 +22,7 @@ from pallas_kernels.flash_attention.tiles import (
     used_queries,
     visits,
 )
+from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
 from pallas_kernels.masks import Rules
 
 
