@@ -125,7 +125,7 @@ class Case:
         token = row * sizes[self.cache] + (4 * (1 if self.latent else 2) if self.cache == "int8" else 0)
         io = self.q_starts[-1] * self.heads * (self.head_dim + self.value_dim) * sizes[self.dtype]
         flops = 2.0 * self.heads * (self.head_dim + self.value_dim) * pairs
-        return Work(flops, float(keys * self.kv_heads * token + io), self.dtype)
+        return Work(flops, float(int(keys) * self.kv_heads * token + int(io)), self.dtype)
 
     def call(self, implementation: str = "pallas", blocks: Any = None) -> Call:
         from pallas_kernels.ragged_paged_attention import ragged_paged_attention
