@@ -148,22 +148,64 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     return buffers + state + ends + scores + values
 
 
+def cores(problem: Problem, blocks: Blocks, chip: Chip) -> int:
+    """Cores of the chip that one call can use."""
+    items = problem.batch // blocks.rows * blocks.splits
+    return 2 if chip.megacore and items % 2 == 0 else 1
+
+
 def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
     """What a search tries."""
-    most = -(-problem.slots // LANES) * LANES
-    sizes = sorted({min(LANES << n, most) for n in range(7)})
+    p = problem
+    most = -(-_reach(p) // LANES) * LANES
+    sizes = sorted({min(LANES << n, most) for n in range(8)})
     splits = (1, 2) if chip.megacore else (1,)
-    rows = [n for n in (1, 2, 4, 8, 16) if problem.batch % n == 0 and (n == 1 or n * problem.slots <= 8192)]
-    return [Blocks(kv, depth, r, s) for kv in sizes for depth in (2, 3, 4) for r in rows for s in splits]
+    rows = [n for n in (1, 2, 4, 8, 16, 32) if p.batch % n == 0]
+    every = [Blocks(kv, depth, r, s) for kv in sizes for depth in (2, 3, 4, 8) for r in rows for s in splits]
+    # Beyond this a chunk only delays the first one's arrival.
+    return [b for b in every if b.kv == LANES or b.kv * b.rows * _slot_bytes(p) <= 8 << 20]
 
 
 def heuristic(problem: Problem, chip: Chip) -> Blocks:
-    most = -(-problem.slots // LANES) * LANES
-    kv = LANES
-    while kv < most and 2 * kv * _slot_bytes(problem) <= 4 << 20:
-        kv *= 2
-    kv = min(kv, most)
-    sizes = Blocks(kv, 3, 1, 1)
-    while vmem_bytes(problem, sizes) > tuned.budget(chip) and sizes.kv > LANES:
-        sizes = Blocks(sizes.kv // 2 // LANES * LANES or LANES, 3, 1, 1)
-    return sizes
+    """The least `cycles`; of what comes within 2 % of it, few rows together (their lengths may differ), then large
+    copies (which a model that gives every copy the full bandwidth does not reward)."""
+    fitting = [b for b in candidates(problem, chip) if vmem_bytes(problem, b) <= tuned.budget(chip) // 2]
+    if not fitting:
+        return Blocks(LANES, 2)
+    costs = {b: cycles(problem, b, chip) for b in fitting if b.depth > 2} or {fitting[0]: 0.0}
+    close = [b for b in costs if costs[b] <= 1.02 * min(costs.values())]
+    return min(close, key=lambda b: (b.splits, b.rows, -b.kv, b.depth))
+
+
+def _reach(problem: Problem) -> int:
+    """Slots of a full row that are live."""
+    if problem.left is None or problem.ring:
+        return problem.slots
+    return min(problem.slots, problem.left + problem.tokens)
+
+
+# Fitted to the compiler's schedules for v5e and v6e: what a chunk costs however small (chains of a matrix unit, a
+# maximum over lanes, a power, a sum, a matrix unit), a row's masks, and a tile of 128 slots by 256 of K and V.
+_STEP, _ROW, _TILE = 900, 75, 18
+_COPY_SECONDS = 0.55e-6
+_MERGE = 3000
+
+
+def cycles(problem: Problem, blocks: Blocks, chip: Chip) -> float:
+    """About what a call takes, every row being full: the longer of copies and arithmetic, chunk by chunk."""
+    p = problem
+    reach = -(-_reach(p) // blocks.splits)
+    slots = min(blocks.kv, reach)
+    clock = chip.clock
+    copied = blocks.rows * slots * _slot_bytes(p) * clock * chip.cores / chip.bandwidth
+    tiles = -(-slots // LANES)
+    wide = -(-p.head_dim // chip.mxu) + -(-p.value_dim // chip.mxu)
+    passes = 6 if p.compute == "float32" else 1
+    products = passes * p.rows * wide * LANES * chip.mxu / (chip.mxus * chip.macs)
+    vectors = -(-p.rows // 8) * 5
+    head = tiles * max(_TILE * passes * (p.head_dim + p.value_dim) / 256, products, vectors)
+    work = _STEP + blocks.rows * (_ROW + p.kv_heads * head)
+    latency = _COPY_SECONDS * clock
+    step = max(copied, work, (latency + copied) / (blocks.depth - 1))
+    steps = p.batch // blocks.rows * blocks.splits * -(-reach // blocks.kv) / cores(p, blocks, chip)
+    return latency + copied + work + steps * step + (_MERGE if blocks.splits > 1 else 0)

@@ -56,7 +56,7 @@ def pallas(
     sizes = tuned.choose("flash_decode", block_sizes, problem, chip, blocks)
     batch, heads, tokens, _ = q.shape
     groups, rows = problem.kv_heads, problem.rows
-    cores = 2 if chip.megacore and (batch // sizes.rows * sizes.splits) % 2 == 0 else 1
+    cores = block_sizes.cores(problem, sizes, chip)
     out_type, compute = q.dtype, problem.compute
     q = q.astype(jnp.bfloat16 if compute == "bfloat16" else jnp.float32).reshape(batch, groups, rows, -1)
 
@@ -102,7 +102,7 @@ def pallas(
         out_shape=[jax.ShapeDtypeStruct((sizes.splits, batch, groups, rows, dim), dtype) for dim, dtype in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=tuned.budget(chip),
+            vmem_limit_bytes=min(tuned.budget(chip), block_sizes.vmem_bytes(problem, sizes) * 3 // 2 + (8 << 20)),
             disable_bounds_checks=True,
         ),
         interpret=pltpu.InterpretParams(uninitialized_memory="nan") if interpret else False,

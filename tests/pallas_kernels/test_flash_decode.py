@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import flash_decode
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.flash_decode import Blocks
+from pallas_kernels.flash_decode import blocks as sizes
 from pallas_kernels.flash_decode.cases import MODELS, SMALL
 from pallas_kernels.stored import to_bits
+from pallas_kernels.tuned import budget
 
 CASES = {case.name: case for case in SMALL}
 VARIANTS = [
@@ -159,6 +162,30 @@ def test_blocks_that_do_not_fit_are_refused():
     q, cache = jnp.zeros((1, 8, 1, 128)), jnp.zeros((1, 8, 16384, 128))
     with pytest.raises(InputError, match=r"MiB of VMEM in flash_decode"):
         flash_decode(q, cache, cache, np.array([9]), blocks=Blocks(16384), implementation="interpret")
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_sizes_chosen_for_named_cases_fit(chip):
+    for case in MODELS:
+        arrays = dict(zip(("q", "k", "v"), case.shapes, strict=True))
+        window = case.options.get("window")
+        problem = sizes.Problem(
+            case.batch,
+            case.kv_heads,
+            case.heads // case.kv_heads * case.queries,
+            case.queries,
+            case.slots,
+            case.head_dim,
+            arrays["v"][-1],
+            case.dtype,
+            case.cache,
+            left=None if window is None else window - 1,
+            ring=case.options.get("ring", False),
+        )
+        chosen = sizes.heuristic(problem, chip)
+        assert sizes.vmem_bytes(problem, chosen) <= budget(chip) // 2
+        assert case.batch % chosen.rows == 0
+        assert chosen.kv % 128 == 0
 
 
 def test_layer_under_transforms():
