@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinf.core.stacked import unstack
 from jaxinf.layers.ffn import FFN, ActivationSpec, FFNSpec, Gated
 from jaxinf.layers.linear import Linear
 from jaxinf.layers.parameters import constant, normal
@@ -83,9 +85,10 @@ class Experts(nnx.Module):
         e, w = spec.experts, spec.width
         wide, back = ("expert", "embed", "expert_ffn"), ("expert", "expert_ffn", "embed")
         self.activation = spec.activation
-        self.up = normal(rngs, (e, d, w), wide, dtype, std=d**-0.5)
-        self.gate = normal(rngs, (e, d, w), wide, dtype, std=d**-0.5) if spec.activation.gated else None
-        self.down = normal(rngs, (e, w, d), back, dtype, std=w**-0.5)
+        make = partial(normal, rngs, dtype=dtype, in_place=True)
+        self.up = make((e, d, w), wide, std=d**-0.5)
+        self.gate = make((e, d, w), wide, std=d**-0.5) if spec.activation.gated else None
+        self.down = make((e, w, d), back, std=w**-0.5)
         bias = spec.bias
         self.up_bias = constant(0.0, (e, w), ("expert", "expert_ffn"), dtype) if bias else None
         gated = bias and spec.activation.gated
@@ -96,7 +99,8 @@ class Experts(nnx.Module):
         """`rows [M, d]` sorted by expert, `sizes` int32 `[E]`, `owner` int32 `[M]` -> `[M, d]`."""
 
         def project(x, weight, bias):
-            y = grouped_matmul(x, weight[...], sizes).astype(jnp.float32)
+            matrices, layer = unstack(weight.get_value())
+            y = grouped_matmul(x, matrices, sizes, layer=layer).astype(jnp.float32)
             return y if bias is None else y + jnp.take(bias[...], owner, axis=0).astype(jnp.float32)
 
         up = project(rows, self.up, self.up_bias)

@@ -8,10 +8,27 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def normal(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], dtype, *, std: float) -> nnx.Param:
-    """A parameter drawn from N(0, std^2). `axes` names each dimension for the sharding rules."""
+def normal(
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    dtype,
+    *,
+    std: float,
+    in_place: bool = False,
+) -> nnx.Param:
+    """A parameter drawn from N(0, std^2).
+
+    axes: names each dimension for the sharding rules.
+    in_place: its module takes a `jaxinf.core.stacked.Stacked` for it, which saves cutting it out of a stack.
+    """
     value = _draw(rngs.params(), tuple(shape), jnp.dtype(dtype), std)
-    return nnx.Param(value, logical_axes=tuple(axes))
+    return nnx.Param(value, logical_axes=tuple(axes), in_place=in_place)
+
+
+def is_in_place(path, value) -> bool:
+    """A filter for `nnx.split`: the parameters made with `in_place`."""
+    return bool(getattr(value, "get_metadata", dict)().get("in_place", False))
 
 
 # Jitted, so that layers of one shape share a trace: a model of many layers is described in less time.

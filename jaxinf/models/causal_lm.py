@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinf.cache import Cache, DenseCache, LayerCache, RollingCache, SinkCache, Step
+from jaxinf.core.stacked import Stacked
 from jaxinf.layers import Block, Embedding, LayerSpec, Linear
+from jaxinf.layers.parameters import is_in_place
 from jaxinf.models.spec import ModelSpec
 from jaxinf.models.spec import Segment as SegmentSpec
 from pallas_kernels import chips
@@ -52,16 +54,17 @@ class Segment(nnx.Module):
         return x, tuple(after) if caches is not None else None, jnp.sum(jnp.stack(losses))
 
     def _stacked(self, x, step, caches, segment_ids):
-        split = [nnx.split(block) for block in self.blocks]
-        graphs = [graph for graph, _ in split]
+        # Only without gradients: those of what the loop does not cut would be as large as the stack at every layer.
+        whole = is_in_place if caches is not None else lambda path, value: False
+        split = [nnx.split(block, whole, ...) for block in self.blocks]
 
         def body(carry, xs):
             x, caches, loss = carry
             layer, states = xs
             after = []
-            for slot, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+            for slot, ((graph, stacks, _), state) in enumerate(zip(split, states, strict=True)):
                 cache = None if caches is None else caches[slot]
-                block = nnx.merge(graph, state)
+                block = nnx.merge(graph, jax.tree.map(lambda stack: Stacked(stack, layer), stacks), state)
                 x, cache, extra = block(x, step, cache, layer=layer, segment_ids=segment_ids)
                 after.append(cache)
                 loss = loss + extra
@@ -69,7 +72,7 @@ class Segment(nnx.Module):
 
         layers = jnp.arange(self.spec.repeats, dtype=jnp.int32)
         start = (x, caches, jnp.zeros((), jnp.float32))
-        (x, caches, loss), _ = jax.lax.scan(body, start, (layers, [state for _, state in split]))
+        (x, caches, loss), _ = jax.lax.scan(body, start, (layers, [state for _, _, state in split]))
         return x, caches, loss
 
 

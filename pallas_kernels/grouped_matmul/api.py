@@ -15,6 +15,7 @@ from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.grouped_matmul import blocks as sizes
 from pallas_kernels.grouped_matmul import kernel, reference, xla
 from pallas_kernels.grouped_matmul.blocks import Blocks, Problem
+from pallas_kernels.validate import check_range, integers
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -32,6 +33,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     rhs_scale: jax.Array | None = None,
+    layer: int | jax.Array | None = None,
     transpose: bool = False,
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
@@ -45,11 +47,13 @@ def grouped_matmul(
 
     Args:
         lhs: float32, bfloat16 or float16 `[M, K]`.
-        rhs: float32, bfloat16, float16 or int8 `[G, K, N]`, or `[G, N, K]` with `transpose`.
+        rhs: float32, bfloat16, float16 or int8 `[G, K, N]`, or `[G, N, K]` with `transpose`; stacked
+            `[L, G, K, N]` with `layer`, of which the kernel reads that layer's matrices where they lie.
         group_sizes: int32 `[G]`, rows in each group, none negative. A sum above `M` is refused outside
             `jit`; under `jit` the groups are cut off at row `M`.
         rhs_scale: float32 `[G, N]`, needed with int8 `rhs` and refused otherwise: column `n` of group `g`
-            stands for `rhs[g, :, n] * rhs_scale[g, n]`.
+            stands for `rhs[g, :, n] * rhs_scale[g, n]`. With `layer` `[L, G, N]`.
+        layer: which of the stacked matrices, 0..L-1; may be traced (out of range then means the nearest one).
         transpose: multiply by the transposes of the matrices. On a CPU this is the faster layout for a few
             rows a group and 16- or 8-bit matrices.
         blocks: sizes for the TPU kernel; chosen when None (`pallas_kernels.tuned`).
@@ -64,15 +68,33 @@ def grouped_matmul(
             operands or VMEM.
         UnsupportedError: a dtype outside those above; the kernel asked for by name cannot serve the call.
     """
-    _validate(lhs, rhs, group_sizes, rhs_scale, transpose, implementation)
+    layer = _check_layer(rhs, layer)
+    whole = rhs if layer is None else jax.ShapeDtypeStruct(rhs.shape[1:], rhs.dtype)
+    scales = rhs_scale
+    if layer is not None and rhs_scale is not None:
+        if rhs_scale.ndim != 3 or rhs_scale.shape[0] != rhs.shape[0]:
+            raise InputError(f"rhs_scale.shape={rhs_scale.shape} must be [L, G, N] with L={rhs.shape[0]}.")
+        scales = jax.ShapeDtypeStruct(rhs_scale.shape[1:], rhs_scale.dtype)
+    _validate(lhs, whole, group_sizes, scales, transpose, implementation)
     if implementation == "reference":
+        rhs, rhs_scale = _of(rhs, layer), _of(rhs_scale, layer)
         return reference.grouped_matmul(lhs, rhs, group_sizes, rhs_scale, transpose=transpose)
-    return _jitted(lhs, rhs, group_sizes, rhs_scale, _Static(transpose, blocks, implementation))
+    return _jitted(lhs, rhs, group_sizes, rhs_scale, layer, _Static(transpose, blocks, implementation))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped(lhs, rhs, group_sizes, rhs_scale, static: _Static):
-    form = partial(xla.grouped_matmul, transpose=static.transpose)
+def _of(stacked, layer):
+    """One layer's part of what may be stacked, and may be None."""
+    if layer is None or stacked is None:
+        return stacked
+    return jax.lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _grouped(lhs, rhs, group_sizes, rhs_scale, layer, static: _Static):
+    def form(lhs, rhs, group_sizes, rhs_scale, layer):
+        rhs, rhs_scale = _of(rhs, layer), _of(rhs_scale, layer)
+        return xla.grouped_matmul(lhs, rhs, group_sizes, rhs_scale, transpose=static.transpose)
+
     return dispatch(
         "grouped_matmul",
         static.implementation,
@@ -80,6 +102,7 @@ def _grouped(lhs, rhs, group_sizes, rhs_scale, static: _Static):
         rhs,
         group_sizes,
         rhs_scale,
+        layer,
         reference=form,
         xla=form,
         pallas=partial(_pallas, static=static),
@@ -87,27 +110,32 @@ def _grouped(lhs, rhs, group_sizes, rhs_scale, static: _Static):
     )
 
 
-def _grouped_fwd(lhs, rhs, group_sizes, rhs_scale, static):
-    return _grouped(lhs, rhs, group_sizes, rhs_scale, static), (lhs, rhs, group_sizes, rhs_scale)
+def _grouped_fwd(lhs, rhs, group_sizes, rhs_scale, layer, static):
+    return _grouped(lhs, rhs, group_sizes, rhs_scale, layer, static), (lhs, rhs, group_sizes, rhs_scale, layer)
 
 
 def _grouped_bwd(static, saved, dout):
-    lhs, rhs, group_sizes, rhs_scale = saved
-    dlhs, drhs, dscale = xla.backward(lhs, rhs, group_sizes, rhs_scale, dout, transpose=static.transpose)
-    return dlhs, drhs, None, dscale
+    lhs, rhs, group_sizes, rhs_scale, layer = saved
+    own = _of(rhs, layer), group_sizes, _of(rhs_scale, layer)
+    dlhs, drhs, dscale = xla.backward(lhs, *own, dout, transpose=static.transpose)
+
+    def back(part, stacked):
+        return part if layer is None or part is None else jnp.zeros_like(stacked).at[layer].set(part)
+
+    return dlhs, back(drhs, rhs), None, back(dscale, rhs_scale), None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 # Jitted, so that the layers of a model share one trace.
-_jitted = jax.jit(_grouped, static_argnums=4)
+_jitted = jax.jit(_grouped, static_argnums=5)
 
 
-def _pallas(lhs, rhs, group_sizes, rhs_scale, *, static: _Static, interpret: bool):
+def _pallas(lhs, rhs, group_sizes, rhs_scale, layer, *, static: _Static, interpret: bool):
     problem = Problem(
         rows=lhs.shape[0],
         inner=lhs.shape[1],
-        columns=rhs.shape[1 if static.transpose else 2],
-        groups=rhs.shape[0],
+        columns=rhs.shape[-2 if static.transpose else -1],
+        groups=rhs.shape[-3],
         lhs=lhs.dtype.name,
         rhs=rhs.dtype.name,
         transpose=static.transpose,
@@ -119,12 +147,24 @@ def _pallas(lhs, rhs, group_sizes, rhs_scale, *, static: _Static, interpret: boo
     chosen = tuned.choose("grouped_matmul", sizes, problem, chips.current(), static.blocks)
     run = partial(kernel.pallas, problem=problem, blocks=chosen, interpret=interpret)
     # The length of the grid is data, which a batch of calls cannot share.
-    return sequential_vmap(run)(lhs, rhs, group_sizes, rhs_scale)
+    return sequential_vmap(run)(lhs, rhs, group_sizes, rhs_scale, layer)
 
 
 def _unsupported(lhs, rhs) -> list[str]:
     named = (("lhs", lhs.dtype), ("rhs", rhs.dtype))
     return [f"{name} is float16, which TPUs do not compute with" for name, dtype in named if dtype == jnp.float16]
+
+
+def _check_layer(rhs, layer) -> jax.Array | None:
+    if rhs.ndim not in (3, 4) or (rhs.ndim == 4) != (layer is not None):
+        raise InputError(
+            f"rhs.shape={rhs.shape} and {layer=}, but stacked matrices have 4 axes and need a layer, others 3."
+        )
+    if layer is None:
+        return None
+    layer = integers("layer", layer, (), "")
+    check_range("layer", layer, 0, rhs.shape[0] - 1, f"rhs stacks {rhs.shape[0]} layers")
+    return jnp.clip(layer, 0, rhs.shape[0] - 1)
 
 
 def _validate(lhs, rhs, group_sizes, rhs_scale, transpose, implementation) -> None:

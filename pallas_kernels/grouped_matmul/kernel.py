@@ -60,16 +60,24 @@ def pallas(
     rhs: jax.Array,
     group_sizes: jax.Array,
     rhs_scale: jax.Array | None,
+    layer: jax.Array | None = None,
     *,
     problem: Problem,
     blocks: Blocks,
     interpret: bool,
 ) -> jax.Array:
-    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`."""
+    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`.
+
+    With a layer, matrices and scales are stacked along a first axis and are read where they lie.
+    """
     p, b = problem, blocks
     rows = up(p.rows, p.align)
     lhs = jnp.pad(lhs, ((0, rows - p.rows), (0, 0))) if rows > p.rows else lhs
     visits = plan(group_sizes, rows, b.m)
+    if layer is not None:
+        rhs = rhs.reshape(-1, *rhs.shape[2:])
+        rhs_scale = None if rhs_scale is None else rhs_scale.reshape(-1, p.columns)
+        visits = visits._replace(group=visits.group + layer * p.groups)
     if p.transpose:
         matrix = pl.BlockSpec((None, b.n, b.k), lambda j, i, l, *v: (v[1][i], j, l))
     else:

@@ -332,3 +332,43 @@ def test_what_the_kernel_cannot_do_is_refused():
 def test_model_cases_are_named_once_and_add_up():
     assert len({case.name for case in MODELS}) == len(MODELS)
     assert all(sum(case.sizes) == case.rows for case in MODELS)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
+@pytest.mark.parametrize("name", ["empty-groups", "int8", "transposed-int8"])
+def test_a_layer_of_stacked_matrices(implementation, name):
+    case = CASES[name]
+    lhs, rhs, sizes, scale = poisoned(case)
+    others = jnp.full_like(rhs, 77)
+    stacked = jnp.stack([others, rhs, others])
+    scales = None if scale is None else jnp.stack([scale + 1, scale, scale + 1])
+    run = jax.jit(lambda layer: call(case, implementation)(lhs, stacked, sizes, rhs_scale=scales, layer=layer))
+    want = call(case, "reference")(lhs, rhs, sizes, rhs_scale=scale)
+    np.testing.assert_allclose(run(1), want, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_a_layer_of_stacked_matrices():
+    case = CASES["empty-groups"]
+    lhs, rhs, sizes, _ = (jnp.nan_to_num(x) if x is not None else x for x in poisoned(case))
+    stacked = jnp.stack([rhs + 1, rhs])
+
+    def loss(lhs, stacked, implementation):
+        return jnp.sum(jnp.sin(grouped_matmul(lhs, stacked, sizes, layer=1, implementation=implementation)))
+
+    for got, want in zip(
+        *(jax.grad(loss, (0, 1))(lhs, stacked, form) for form in ("xla", "reference")), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert not np.any(jax.grad(loss, 1)(lhs, stacked, "xla")[0])
+
+
+def test_layers_that_do_not_fit_are_refused():
+    lhs, rhs, sizes = jnp.ones((4, 8)), jnp.ones((2, 3, 8, 8)), jnp.array([1, 1, 2], jnp.int32)
+    with pytest.raises(InputError, match="layer"):
+        grouped_matmul(lhs, rhs, sizes)
+    with pytest.raises(InputError, match="layer"):
+        grouped_matmul(lhs, rhs[0], sizes, layer=0)
+    with pytest.raises(InputError, match="stacks 2 layers"):
+        grouped_matmul(lhs, rhs, sizes, layer=2)
+    with pytest.raises(InputError, match="rhs_scale"):
+        grouped_matmul(lhs, rhs.astype(jnp.int8), sizes, layer=1, rhs_scale=jnp.ones((3, 8)))
