@@ -13,6 +13,10 @@ Each op with a kernel has a module `blocks.py` with
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -37,12 +41,44 @@ def table(op: str) -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` was asked and answered."""
+
+    op: str
+    problem: Any
+    chip: Chip
+    blocks: Any
+
+
+_observed: ContextVar[list[Choice] | None] = ContextVar("observed", default=None)
+
+
+@contextmanager
+def observe() -> Iterator[list[Choice]]:
+    """Collects the choices made in this context, one a kernel that is traced; what jit has cached makes none."""
+    choices: list[Choice] = []
+    token = _observed.set(choices)
+    try:
+        yield choices
+    finally:
+        _observed.reset(token)
+
+
 def choose(op: str, blocks: ModuleType | Any, problem: Any, chip: Chip, explicit: Any = None) -> Any:
     """The block sizes of one call, by the precedence above.
 
     Raises:
       InputError: the explicit sizes need more VMEM than the chip has; says how many bytes of how many.
     """
+    chosen = _choose(op, blocks, problem, chip, explicit)
+    choices = _observed.get()
+    if choices is not None:
+        choices.append(Choice(op, problem, chip, chosen))
+    return chosen
+
+
+def _choose(op: str, blocks: ModuleType | Any, problem: Any, chip: Chip, explicit: Any) -> Any:
     if explicit is not None:
         need = blocks.vmem_bytes(problem, explicit)
         if need > budget(chip):

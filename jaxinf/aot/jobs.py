@@ -87,10 +87,13 @@ def run(
     answers: queue.Queue = queue.Queue()
     count = max(1, min(workers, len(todo)))
     closing = threading.Event()
+    folders = [str(p) for p in paths]
+    open_workers: list[_Worker] = []
 
     def serve() -> None:
         try:
-            with _Worker(chip, where, static, [str(p) for p in paths], options) as worker:
+            with _Worker(chip, where, static, folders, options) as worker:
+                open_workers.append(worker)
                 while not closing.is_set():
                     try:
                         index, job = todo.popleft()
@@ -117,6 +120,8 @@ def run(
                 yield answer
     finally:
         closing.set()
+        for worker in open_workers:  # whoever stops listening, by Ctrl-C say, does not wait for them
+            worker.kill()
         for thread in threads:
             thread.join()
 
@@ -184,6 +189,12 @@ class _Worker:
         if "report" in answer:
             return Outcome(job, from_record(Report, answer["report"]))
         return Outcome(job, None, answer["kind"], answer["error"])
+
+    def kill(self) -> None:
+        """Ends the process, also while another thread waits for its answer."""
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _start(self) -> subprocess.Popen:
         command = [sys.executable, "-m", "jaxinf.aot.worker", self._setup]

@@ -25,6 +25,7 @@ VERBS = {
     "info": "describe a model without loading its weights",
     "convert": "rewrite a checkpoint in this project's form",
     "bench": "measure prefill, decoding and memory on this device",
+    "tune": "search a kernel's block sizes through the TPU compiler",
 }
 """Each verb is a module of this package with `configure(parser)` and `run(args) -> exit code`."""
 

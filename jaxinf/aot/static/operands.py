@@ -15,6 +15,7 @@ from jaxinf.aot.static.scalars import signed
 
 _MOST_OPERAND = 1 << 20  # elements of an operand that is kept
 _MOST_COMPUTED = 1 << 21  # elements that a step of the surroundings may read
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 _LOOPS = ("scan", "while", "cond")
 
 
@@ -60,9 +61,7 @@ def of_kernels(closed: Any, args: Sequence[np.ndarray | None]) -> list[Operands]
         for equation in jaxpr.eqns:
             values = [value(v) for v in equation.invars]
             results: list[Any] = [None] * len(equation.outvars)
-            inner = next(
-                (equation.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in equation.params), None
-            )
+            inner = next((equation.params[k] for k in _INNER if k in equation.params), None)
             if equation.primitive.name == "pallas_call":
                 found.append([_operand(v) for v in values])
             elif (answer := evaluate(equation, values)) is not None:
