@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, check_implementation
 from pallas_kernels.errors import InputError
-from pallas_kernels.flash_attention.attention import Options, attend
+from pallas_kernels.flash_attention.attention import Options, attend, one_layer
 from pallas_kernels.flash_attention.blocks import Blocks
 from pallas_kernels.flash_attention.reference import reference
 from pallas_kernels.flash_attention.xla_blocks import XlaBlocks
@@ -23,6 +23,7 @@ from pallas_kernels.validate import (
     integers,
     per_head,
     positive,
+    stacked_layer,
     window_sides,
 )
 
@@ -35,6 +36,7 @@ def flash_attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    layer: int | jax.Array | None = None,
     causal: bool = True,
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -59,6 +61,7 @@ def flash_attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    layer: int | jax.Array | None = None,
     causal: bool = True,
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -82,6 +85,7 @@ def flash_attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    layer: int | jax.Array | None = None,
     causal: bool = True,
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -104,6 +108,8 @@ def flash_attention(
       q: [B, N, T, D], float32, bfloat16 or float16. float32 is multiplied at full precision.
       k: [B, K, S, D] of q's dtype, N a multiple of K; query head n reads key head n // (N / K).
       v: [B, K, S, Dv] of q's dtype.
+      layer: of k and v that are stacked, [L, B, K, S, D], which layer is meant, 0..L-1; may be traced (out of range
+        then means the nearest one). The kernel reads it where it lies.
       causal: a query sees no key after its own position.
       window: w: the query at p sees the keys p-w+1..p. (left, right): p-left..p+right, None for no limit.
       softcap: scores become softcap * tanh(score / softcap), before ALiBi is added.
@@ -135,9 +141,11 @@ def flash_attention(
     check_dtype("q", q, FLOATS)
     check_shape("q", q, (None, None, None, None), "B, N, T, D")
     batch, heads, queries, dim = q.shape
-    check_shape("k", k, (batch, None, None, dim), "B, K, S, D")
-    groups, keys = k.shape[1:3]
-    check_shape("v", v, (batch, groups, keys, None), "B, K, S, Dv")
+    stacked, index = stacked_layer("k", k, layer)
+    lead, letters = (k.shape[:1], "L, ") if stacked else ((), "")
+    check_shape("k", k, (*lead, batch, None, None, dim), letters + "B, K, S, D")
+    groups, keys = k.shape[-3:-1]
+    check_shape("v", v, (*lead, batch, groups, keys, None), letters + "B, K, S, Dv")
     check_heads(heads, groups)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise InputError(
@@ -196,10 +204,12 @@ def flash_attention(
     softcap = positive("softcap", softcap)
     check_implementation(implementation)
     if implementation == "reference" or 0 in (*q.shape, *v.shape):
+        k, v = (one_layer(x, index if stacked else None) for x in (k, v))
         out, lse = reference(q, k, v, sinks, alibi_slopes, rules, scale=scale, softcap=softcap)
     else:
         start = 0 if q_offset is None else q_offset
         known = int(start) if isinstance(start, int) else None
         options = Options(implementation, scale, softcap, known, blocks)
-        out, lse = attend(options, q, k, v, sinks, alibi_slopes, rules)
+        chosen = jnp.clip(index, 0, k.shape[0] - 1) if stacked else None
+        out, lse = attend(options, q, k, v, sinks, alibi_slopes, rules, chosen)
     return (out, lse) if return_lse else out

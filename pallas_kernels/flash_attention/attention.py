@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.flash_attention.blocks import Blocks
@@ -33,8 +34,17 @@ class Options:
         return Plan(self.scale, self.softcap, self.blocks if isinstance(self.blocks, XlaBlocks) else None)
 
 
+def one_layer(x: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """Layer `layer` of x, or x itself."""
+    return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+
+
+def _of_one_layer(form):
+    return lambda q, k, v, *rest: form(q, one_layer(k, rest[-1]), one_layer(v, rest[-1]), *rest[:-1])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, q, k, v, sinks, slopes, rules: Rules) -> Pair:
+def _attend(options: Options, q, k, v, sinks, slopes, rules: Rules, layer) -> Pair:
     maths = dict(scale=options.scale, softcap=options.softcap)
     sizes = options.blocks if isinstance(options.blocks, Blocks) else None
     return dispatch(
@@ -46,22 +56,28 @@ def _attend(options: Options, q, k, v, sinks, slopes, rules: Rules) -> Pair:
         sinks,
         slopes,
         rules,
-        reference=partial(reference, **maths),
-        xla=partial(xla, options.plan),
+        layer,
+        reference=_of_one_layer(partial(reference, **maths)),
+        xla=_of_one_layer(partial(xla, options.plan)),
         pallas=partial(pallas, **maths, offset=options.offset, blocks=sizes),
-        unsupported=unsupported(q.dtype, q.shape[3], v.shape[3], rules),
+        unsupported=unsupported(q.dtype, q.shape[3], v.shape[-1], rules),
     )
 
 
 def _save(options: Options, *arrays):
     results: Pair = _attend(options, *arrays)
-    return results, (*arrays, *results)
+    return results, (arrays, results)
 
 
 def _gradients(options: Options, saved, cotangents):
-    return backward(options.plan, saved, cotangents)
+    (q, k, v, sinks, slopes, rules, layer), results = saved
+    own = q, one_layer(k, layer), one_layer(v, layer), sinks, slopes, rules
+    dq, dk, dv, *rest = backward(options.plan, (*own, *results), cotangents)
+    if layer is not None:
+        dk, dv = (jnp.zeros_like(x).at[layer].set(dx) for x, dx in ((k, dk), (v, dv)))
+    return dq, dk, dv, *rest, None
 
 
 _attend.defvjp(_save, _gradients)
-# The arguments and results of `reference`. Jitted, so that the layers of a model share one trace.
+# The arguments and results of `reference`, and a layer where k and v are stacked. Jitted, so that the layers of a model share one trace.
 attend = jax.jit(_attend, static_argnums=0)

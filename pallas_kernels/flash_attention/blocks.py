@@ -122,7 +122,8 @@ def heuristic(problem: Problem, chip: Chip) -> Blocks:
     """Many query columns (4096, or 8192 on wide matrix units) against 1024 keys, in tiles of 256 x 256.
 
     The products of such a block keep the matrix units busy while its first scores and its last weights are made.
-    Windows narrower than a tile get tiles of 128. Less where VMEM is short.
+    Windows narrower than a tile get tiles of 128. float32 takes six passes, so that a quarter of a block is as much
+    work (and code). Less where VMEM is short.
     """
     wide = chip.mxu > LANES
     ahead = 6 if wide else 3
@@ -130,6 +131,8 @@ def heuristic(problem: Problem, chip: Chip) -> Blocks:
     columns = 8192 if wide and problem.head_dim <= LANES else 4096
     narrow = problem.window is not None and problem.window < 256
     tile, most_q, kv = (LANES, 512, 512) if narrow else (256, 1024, 1024)
+    if problem.itemsize == 4:
+        columns, kv = 2048, 512
     q = max(tile, min(most_q, columns // power_above(heads)))
     blocks = Blocks(q, kv, heads, tile, tile, tile, ahead, wide).fit(problem)
     while vmem_bytes(problem, blocks) > tuned.budget(chip):

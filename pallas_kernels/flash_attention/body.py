@@ -69,10 +69,11 @@ class Form:
 class Refs:
     """References by name; those of masks that are not asked for are None."""
 
-    steps: Any  # SMEM, with the three below
+    steps: Any  # SMEM, with the four below
     tiles: Any
     limits: Any
     offsets: Any
+    above: Any  # for the places of k and v alone
     q: Any
     k: Any
     v: Any

@@ -22,7 +22,7 @@ from pallas_kernels.flash_attention.blocks import LANES, Blocks, Problem
 from pallas_kernels.flash_attention.body import Form, Refs, body
 from pallas_kernels.masks import Rules, cell_sizes, query_positions
 
-PREFETCHED = 4  # of Refs: steps, tiles, limits, offsets
+PREFETCHED = 5  # of Refs: steps, tiles, limits, offsets, above
 MOST_NODES = 2048  # of a tree: its mask stays in VMEM
 MOST_CELLS = 1 << 20
 
@@ -79,6 +79,7 @@ def pallas(
     sinks: jax.Array | None,
     slopes: jax.Array | None,
     rules: Rules,
+    layer: jax.Array | None = None,
     *,
     scale: float,
     softcap: float | None,
@@ -86,9 +87,16 @@ def pallas(
     blocks: Blocks | None,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The arguments and results of the reference; `offset` is the value of rules.q_offset where it is known."""
+    """The arguments and results of the reference, and a layer where k and v are stacked.
+
+    `offset` is the value of rules.q_offset where it is known.
+    """
     batch, heads, queries, dim = q.shape
-    keys, value_dim = v.shape[2:]
+    keys, value_dim = v.shape[-2:]
+    above = jnp.zeros(1, jnp.int32)  # rows of k and v before row 0
+    if layer is not None:
+        above = (layer * batch).reshape(1)
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
     problem = problem_of(q, k, v, rules)
     chip = chips.current()
     sizes = tuned.choose("flash_attention", block_sizes, problem, chip, blocks).fit(problem)
@@ -135,7 +143,8 @@ def pallas(
     length = plan.steps.shape[2]
     known_offset = rules.q_offset if offset is None else np.array([offset])
     limits = np.array([keys]) if rules.lengths is None else jnp.minimum(rules.lengths, keys)
-    prefetched = [jnp.asarray(x, jnp.int32).reshape(-1) for x in (plan.steps, plan.tiles, limits, known_offset)]
+    scalars = (plan.steps, plan.tiles, limits, known_offset, above)
+    prefetched = [jnp.asarray(x, jnp.int32).reshape(-1) for x in scalars]
 
     def index(row: Any, head: Any, step: Any) -> Any:
         row, head = row if row_lists else 0, head if head_lists else 0
@@ -143,11 +152,13 @@ def pallas(
 
     inputs = arrays.inputs(q, k, v, sinks, slopes, rules)
     names = [name for name, *_ in inputs]
+    stacked = () if layer is None else ("k", "v")
 
-    def spec(shape: tuple[int, ...], place: Any) -> pl.BlockSpec:
-        def index_map(row, head, step, steps, *_):
+    def spec(shape: tuple[int, ...], place: Any, stacked: bool = False) -> pl.BlockSpec:
+        def index_map(row, head, step, steps, *scalars):
             word = steps[index(row, head, step)]
             mask = schedule.MAX_BLOCKS - 1
+            row = row + scalars[-1][0] if stacked else row
             return place(row, head, word & mask, word >> schedule.BITS & mask)
 
         return pl.BlockSpec(shape, index_map)
@@ -167,7 +178,7 @@ def pallas(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=PREFETCHED,
             grid=(batch, heads // sizes.heads, plan.length if xp is jnp else length),
-            in_specs=[spec(shape, place) for _, _, shape, place in inputs],
+            in_specs=[spec(shape, place, name in stacked) for name, _, shape, place in inputs],
             out_specs=[spec(*out_spec), spec(*lse_spec)],
             scratch_shapes=arrays.scratch(),
         ),
