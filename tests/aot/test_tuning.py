@@ -12,8 +12,6 @@ from pallas_kernels.errors import InputError, UnsupportedError
 
 _TIMES = ((1, 900, 1.0), (2, 500, 1.02), (3, 100, 2.0))
 FAST, TIED, SLOW = (Trial({"m": m}, vmem, ms / 1e3) for m, vmem, ms in _TIMES)
-    Trial({"m": m}, vmem, ms / 1e3) for m, vmem, ms in ((1, 900, 1.0), (2, 500, 1.02), (3, 100, 2.0))
-)
 REFUSED = Trial({"m": 4}, 50, error="the compiler refuses it")
 
 
