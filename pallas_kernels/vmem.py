@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.chips import MIB, Chip
+
 LANES = 128
 
 
@@ -27,3 +29,8 @@ def up(x: int, to: int) -> int:
 def tile_bytes(rows: int, columns: int, dtype: str) -> int:
     """What `[rows, columns]` takes, padded to whole tiles."""
     return up(rows, sublanes(dtype)) * up(columns, LANES) * bits(dtype) // 8
+
+
+def limit(chip: Chip, estimate: int) -> int:
+    """What to let the compiler use for a kernel of which `estimate` bytes are accounted for."""
+    return min(chip.vmem - MIB, estimate * 5 // 4 + 4 * MIB)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def grouped_matmul(
     return _jitted(lhs, rhs, group_sizes, rhs_scale, layer, _Static(transpose, blocks, implementation))
 
 
-def _of(stacked, layer):
+def _of(stacked: Any, layer: Any) -> Any:
     """One layer's part of what may be stacked, and may be None."""
     if layer is None or stacked is None:
         return stacked
@@ -106,7 +107,7 @@ def _grouped(lhs, rhs, group_sizes, rhs_scale, layer, static: _Static):
         reference=form,
         xla=form,
         pallas=partial(_pallas, static=static),
-        unsupported=_unsupported(lhs, rhs),
+        unsupported=_unsupported(_problem(lhs, rhs, static), static),
     )
 
 
@@ -130,8 +131,8 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 _jitted = jax.jit(_grouped, static_argnums=5)
 
 
-def _pallas(lhs, rhs, group_sizes, rhs_scale, layer, *, static: _Static, interpret: bool):
-    problem = Problem(
+def _problem(lhs, rhs, static: _Static) -> Problem:
+    return Problem(
         rows=lhs.shape[0],
         inner=lhs.shape[1],
         columns=rhs.shape[-2 if static.transpose else -1],
@@ -140,6 +141,10 @@ def _pallas(lhs, rhs, group_sizes, rhs_scale, layer, *, static: _Static, interpr
         rhs=rhs.dtype.name,
         transpose=static.transpose,
     )
+
+
+def _pallas(lhs, rhs, group_sizes, rhs_scale, layer, *, static: _Static, interpret: bool):
+    problem = _problem(lhs, rhs, static)
     if 0 in (*lhs.shape, *rhs.shape):
         return jnp.zeros((problem.rows, problem.columns), lhs.dtype)
     if static.blocks is not None and (reasons := sizes.refusals(problem, static.blocks)):
@@ -150,9 +155,12 @@ def _pallas(lhs, rhs, group_sizes, rhs_scale, layer, *, static: _Static, interpr
     return sequential_vmap(run)(lhs, rhs, group_sizes, rhs_scale, layer)
 
 
-def _unsupported(lhs, rhs) -> list[str]:
-    named = (("lhs", lhs.dtype), ("rhs", rhs.dtype))
-    return [f"{name} is float16, which TPUs do not compute with" for name, dtype in named if dtype == jnp.float16]
+def _unsupported(problem: Problem, static: _Static) -> list[str]:
+    named = (("lhs", problem.lhs), ("rhs", problem.rhs))
+    reasons = [f"{name} is float16, which TPUs do not compute with" for name, dtype in named if dtype == "float16"]
+    if not reasons and static.blocks is None and (shortage := sizes.shortage(problem, chips.current())):
+        reasons.append(shortage)
+    return reasons
 
 
 def _check_layer(rhs, layer) -> jax.Array | None:

@@ -9,7 +9,7 @@ from functools import cache
 
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip
+from pallas_kernels.chips import MIB, Chip
 from pallas_kernels.errors import InputError
 from pallas_kernels.tuned import budget
 from pallas_kernels.vmem import LANES, bits, narrow, sublanes, tile_bytes, up
@@ -20,6 +20,8 @@ LATENCY = 0.55e-6
 DRAIN = 300
 # Multiply-adds of one product in the program: they are unrolled, and compile for seconds.
 UNROLLED = 1 << 30
+# Columns that fill the widest matrix unit.
+WIDE = 256
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def chunk(blocks: Blocks, rows: int) -> int:
     lanes = blocks.n // LANES
     if blocks.n % LANES:
         return blocks.n
-    most = max(1, UNROLLED // (max(rows, 256) * blocks.k * LANES))
+    most = max(WIDE, UNROLLED // (max(rows, 256) * blocks.k)) // LANES
     return LANES * next(share for share in range(min(lanes, most), 0, -1) if lanes % share == 0)
 
 
@@ -74,11 +76,17 @@ def bucket(problem: Problem) -> str:
     return f"{p.lhs}-{p.rhs}-{'t' if p.transpose else 'n'}-m{rows}-g{p.groups}-k{p.inner}-n{p.columns}"
 
 
+def stays(problem: Problem, blocks: Blocks) -> bool:
+    """Whether all of lhs is in VMEM, copied once."""
+    return blocks.m >= problem.rows and blocks.k == problem.inner
+
+
 def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
-    """Bytes of VMEM: two buffers of each operand, the sums, and the values that the compiler keeps there."""
+    """Bytes of VMEM: two buffers of each operand (one of rows that stay), the sums, and what the compiler keeps."""
     p, b = problem, blocks
     w = (b.n, b.k) if p.transpose else (b.k, b.n)
-    total = 2 * tile_bytes(b.m, b.k, p.lhs) + 2 * tile_bytes(*w, p.rhs) + 2 * tile_bytes(b.m, b.n, p.lhs)
+    total = 2 * tile_bytes(*w, p.rhs) + 2 * tile_bytes(b.m, b.n, p.lhs)
+    total += (1 if stays(p, b) else 2) * tile_bytes(b.m, b.k, p.lhs)
     if narrow(p.rhs):
         total += 2 * tile_bytes(1, b.n, "float32")
     if b.k < p.inner:
@@ -130,7 +138,7 @@ def _splits(problem: Problem) -> list[int]:
 def _candidates(problem: Problem, ks: list[int]) -> list[Blocks]:
     p = problem
     most = up(p.rows, p.align)
-    ms = sorted({min(m, most) for m in (128, 256, 512, 1024, 2048, 4096, 8192)})
+    ms = sorted({min(m, most) for m in (128, 256, 512, 1024, 2048, 4096, 8192)} | {most})
     # Parts of equal width: a narrow last one would be copied and multiplied at full width.
     ns = {p.columns} | {
         up(-(-p.columns // parts), LANES) for parts in (2, 3, 4, 6, 7, 8, 12, 14, 16, 28, 32, 56, 112)
@@ -139,8 +147,8 @@ def _candidates(problem: Problem, ks: list[int]) -> list[Blocks]:
     found = {}
     for m in ms:
         for window in (mean // 2, mean, 2 * mean):
-            rows = up(min(max(window, p.align), 256, m), p.align)
-            for tail in {rows, up(max(rows // 4, p.align), p.align)}:
+            rows = up(min(max(window, p.align), 512, m), p.align)
+            for tail in sorted({up(max(rows // part, p.align), p.align) for part in (1, 2, 4, 8)}):
                 for n in ns:
                     for k in ks:
                         blocks = Blocks(m, n, k, rows, tail)
@@ -169,6 +177,7 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
     bandwidth = share * chip.bandwidth
     copy = (x + w + p.rows * p.columns * bits(p.lhs) / 8) / bandwidth / steps
     first = (b.m * b.k * bits(p.lhs) + b.k * b.n * bits(p.rhs)) / 8 / bandwidth
+    written = b.m * b.n * bits(p.lhs) / 8 / bandwidth
     peak = share * chip.bf16 / (6 if p.compute == "float32" else 1)
     # Loading a part of the matrix takes the matrix units as long as this many rows.
     least = 3 * chip.mxu // 8 if chip.mxu == 128 else 5 * chip.mxu // 8
@@ -180,16 +189,36 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
         large, small = 0, mine / b.tail + 0.5
     else:
         large, small = max(1, mine / b.rows + 0.5), 0
-    area = up(b.k, chip.mxu) * up(b.n, chip.mxu)
-    product = sum(
-        count * (2 * max(size, least) * area / peak + DRAIN / chip.clock)
-        for count, size in ((large, b.rows), (small, b.tail))
-    )
+    product = 0.0
+    for count, size in ((large, b.rows), (small, b.tail)):
+        width = chunk(b, size)
+        area = up(b.k, chip.mxu) * up(width, chip.mxu)
+        product += count * b.n / width * (2 * max(size, least) * area / peak + DRAIN / chip.clock)
     if steps_k > 1:
         product += 4 * mine * b.n / 1024 / chip.clock
     product += STEP
     copies = steps * max(copy, (copy + product + LATENCY) / 2) + product
-    return LATENCY + max(first + steps * product, copies)
+    # One step hides the copies of the next; a group that a tile's end cuts has short steps.
+    exposed = (tiles - 1) * steps_n * max(0.4 * first, first - product)
+    return LATENCY + max(first + steps * product + exposed + written, copies)
+
+
+@cache
+def _fitting(problem: Problem, chip: Chip) -> list[Blocks]:
+    whole = [b for b in _candidates(problem, [problem.inner]) if fits(problem, b, chip)]
+    return whole or [b for b in candidates(problem, chip) if fits(problem, b, chip)]
+
+
+def shortage(problem: Problem, chip: Chip) -> str | None:
+    """Why no sizes fit, if none do."""
+    if 0 in (problem.rows, problem.inner, problem.columns) or _fitting(problem, chip):
+        return None
+    least = min((vmem_bytes(problem, b) for b in candidates(problem, chip)), default=0)
+    return (
+        f"lhs=[{problem.rows}, {problem.inner}] and rhs=[{problem.groups}, {problem.inner}, {problem.columns}] "
+        f"need at least {least / MIB:.1f} MiB of VMEM, but a {chip.name} has {budget(chip) / MIB:.1f} MiB for a kernel: "
+        "pad K to a multiple of 512"
+    )
 
 
 @cache
@@ -199,15 +228,6 @@ def heuristic(problem: Problem, chip: Chip) -> Blocks:
     Raises:
       InputError: none fits; says how much the smallest needs.
     """
-    found = _candidates(problem, [problem.inner])
-    if not any(fits(problem, b, chip) for b in found):
-        found = candidates(problem, chip)
-    fitting = [b for b in found if fits(problem, b, chip)]
-    if not fitting:
-        least = min(vmem_bytes(problem, b) for b in found)
-        raise InputError(
-            f"lhs=[{problem.rows}, {problem.inner}] and rhs=[{problem.groups}, {problem.inner}, {problem.columns}] "
-            f"need at least {least} bytes of VMEM in grouped_matmul, but a {chip.name} has {budget(chip)} for a "
-            "kernel: pad K to a multiple of 512, or use implementation='xla'."
-        )
-    return min(fitting, key=lambda b: seconds(problem, b, chip))
+    if reason := shortage(problem, chip):
+        raise InputError(f"{reason}, or use implementation='xla'.")
+    return min(_fitting(problem, chip), key=lambda b: seconds(problem, b, chip))

@@ -86,10 +86,13 @@ SMALL = [
 ]
 
 # Experts of published models: how many, how many a token takes, and the sizes (in, out) of their first matrix;
-# the second is its transpose. gpt-oss and qwen3-30b-a3b have many small experts, mixtral a few large ones.
+# the second is its transpose. gpt-oss and qwen3-30b-a3b have many small experts, mixtral a few large ones. A shard
+# is one of eight: along the hidden layer in mixtral, of the experts in qwen3.
 EXPERTS = {
     "mixtral-8x7b": (8, 2, 4096, 14336),
+    "mixtral-8x7b-shard": (8, 2, 4096, 1792),
     "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "qwen3-30b-a3b-shard": (16, 1, 2048, 768),
     "gpt-oss-20b": (32, 4, 2880, 2880),
     "deepseek-v3": (256, 8, 7168, 2048),
 }
@@ -113,7 +116,10 @@ def _model(name: str, tokens: int, weight: str) -> list[Case]:
 
 
 MODELS = [
-    *(case for name in EXPERTS for tokens in (1, 32, 256, 4096) for case in _model(name, tokens, "bfloat16")),
-    *(case for name in EXPERTS for tokens in (1, 32) for case in _model(name, tokens, "int8")),
+    *(case for name in EXPERTS for tokens in (32, 4096) for case in _model(name, tokens, "bfloat16")),
+    *(case for name in EXPERTS if "shard" not in name for case in _model(name, 32, "int8")),
+    *_model("qwen3-30b-a3b", 1, "bfloat16"),
+    *_model("qwen3-30b-a3b", 256, "bfloat16"),
+    *_model("mixtral-8x7b", 4096, "int8"),
     Case("even-8-of-4096", 4096, 4096, 14336, (512,) * 8, "bfloat16", "bfloat16"),
 ]

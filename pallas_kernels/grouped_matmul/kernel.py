@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import current
-from pallas_kernels.grouped_matmul.blocks import Blocks, Problem, chunk, vmem_bytes
-from pallas_kernels.vmem import up
+from pallas_kernels.grouped_matmul.blocks import Blocks, Problem, chunk, stays, vmem_bytes
+from pallas_kernels.vmem import limit, up
 
 
 class Visits(NamedTuple):
@@ -82,7 +82,9 @@ def pallas(
         matrix = pl.BlockSpec((None, b.n, b.k), lambda j, i, l, *v: (v[1][i], j, l))
     else:
         matrix = pl.BlockSpec((None, b.k, b.n), lambda j, i, l, *v: (v[1][i], l, j))
-    operands = [(lhs, pl.BlockSpec((b.m, b.k), lambda j, i, l, *v: (v[0][i], l))), (rhs, matrix)]
+    once = pl.Buffered(1) if stays(p, b) else None
+    tile = pl.BlockSpec((b.m, b.k), lambda j, i, l, *v: (v[0][i], l), pipeline_mode=once)
+    operands = [(lhs, tile), (rhs, matrix)]
     if rhs_scale is not None:
         scale = pl.BlockSpec((None, 1, b.n), lambda j, i, l, *v: (v[1][i], 0, j))
         operands.append((rhs_scale[:, None, :], scale))
@@ -99,9 +101,9 @@ def pallas(
         grid_spec=grid_spec,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=min(current().vmem, vmem_bytes(p, b) * 5 // 4 + (4 << 20)),
+            vmem_limit_bytes=limit(current(), vmem_bytes(p, b)),
         ),
-        interpret=pltpu.InterpretParams() if interpret else False,
+        interpret=interpret,
         name="grouped_matmul",
     )(*visits[:-1], *(operand for operand, _ in operands))
     return out[: p.rows]

@@ -16,6 +16,7 @@ from pallas_kernels.quantized_matmul.blocks import Blocks, Problem
 from pallas_kernels.vmem import narrow
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_FEW = 256
 _NARROW = ("int8", "int4", "float8_e4m3fn")
 
 
@@ -59,8 +60,8 @@ def quantized_matmul(
         out_dtype: a floating dtype; the dtype of `x` when None.
         blocks: sizes for the TPU kernel; chosen when None (`pallas_kernels.tuned`).
         implementation: `"reference"` (the definition), `"xla"` (fast on CPU and GPU), `"pallas"` (the TPU kernel),
-            `"interpret"` (that kernel, interpreted). None takes the kernel for a TPU and a `w` of 8 or 4 bits and
-            the XLA form elsewhere: a plain dot is fused with its neighbours, which no kernel is.
+            `"interpret"` (that kernel, interpreted). None takes the kernel for a TPU and a `w` of 8 or 4 bits,
+            but for few rows of float8 with a scale a column, and the XLA form elsewhere.
 
     Returns:
         `[..., N]` in `out_dtype`.
@@ -75,7 +76,8 @@ def quantized_matmul(
         return reference.quantized_matmul(
             x, w, scales, transpose=transpose, activations=activations, out_dtype=out_dtype
         )
-    if implementation is None and not narrow(w.dtype.name):
+    rows = x.size // max(1, x.shape[-1])
+    if implementation is None and _better_as_a_dot(rows, w, scales):
         implementation = "xla"
     static = _Static(transpose, activations, out_dtype, blocks, implementation)
     by_group = None if scales is None else scales.reshape(-1, scales.shape[-1])
@@ -86,6 +88,16 @@ def quantized_matmul(
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x, w, scales, static: _Static):
     x, x_scale = reference.quantize_rows(x) if static.activations else (x, None)
+    problem = Problem(
+        rows=x.shape[0],
+        inner=x.shape[1],
+        columns=w.shape[0 if static.transpose else 1],
+        x=x.dtype.name,
+        w=w.dtype.name,
+        out=static.out_dtype.name,
+        groups=0 if scales is None else scales.shape[0],
+        transpose=static.transpose,
+    )
     return dispatch(
         "quantized_matmul",
         static.implementation,
@@ -95,8 +107,8 @@ def _matmul(x, w, scales, static: _Static):
         scales,
         reference=_xla(static),
         xla=_xla(static),
-        pallas=partial(_pallas, static=static),
-        unsupported=_unsupported(x, w, static),
+        pallas=partial(_pallas, problem=problem, static=static),
+        unsupported=_unsupported(problem, static),
     )
 
 
@@ -119,21 +131,21 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 _jitted = jax.jit(_matmul, static_argnums=3)
 
 
+def _better_as_a_dot(rows: int, w, scales) -> bool:
+    """Whether XLA does as well for a TPU: a plain dot is fused with its neighbours, which no kernel is.
+
+    Few rows of float8 are bound by the widening of the weight, which XLA does in fewer instructions.
+    """
+    if not narrow(w.dtype.name):
+        return True
+    return w.dtype == jnp.float8_e4m3fn and scales.ndim == 1 and rows <= _FEW
+
+
 def _xla(static: _Static):
     return lambda *arrays: xla.quantized_matmul(*arrays, transpose=static.transpose).astype(static.out_dtype)
 
 
-def _pallas(x, x_scale, w, scales, *, static: _Static, interpret: bool):
-    problem = Problem(
-        rows=x.shape[0],
-        inner=x.shape[1],
-        columns=w.shape[0 if static.transpose else 1],
-        x=x.dtype.name,
-        w=w.dtype.name,
-        out=static.out_dtype.name,
-        groups=0 if scales is None else scales.shape[0],
-        transpose=static.transpose,
-    )
+def _pallas(x, x_scale, w, scales, *, problem: Problem, static: _Static, interpret: bool):
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((problem.rows, problem.columns), static.out_dtype)
     if static.blocks is not None and (reasons := sizes.refusals(problem, static.blocks)):
@@ -144,9 +156,12 @@ def _pallas(x, x_scale, w, scales, *, static: _Static, interpret: bool):
     )
 
 
-def _unsupported(x, w, static: _Static) -> list[str]:
-    named = (("x", x.dtype), ("w", w.dtype), ("out_dtype", static.out_dtype))
-    return [f"{name} is float16, which TPUs do not compute with" for name, dtype in named if dtype == jnp.float16]
+def _unsupported(problem: Problem, static: _Static) -> list[str]:
+    named = (("x", problem.x), ("w", problem.w), ("out_dtype", problem.out))
+    reasons = [f"{name} is float16, which TPUs do not compute with" for name, dtype in named if dtype == "float16"]
+    if not reasons and static.blocks is None and (shortage := sizes.shortage(problem, chips.current())):
+        reasons.append(shortage)
+    return reasons
 
 
 def _validate(x, w, scales, transpose, activations, out_dtype, implementation) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip
+from pallas_kernels.chips import MIB, Chip
 from pallas_kernels.errors import InputError
 from pallas_kernels.tuned import budget
 from pallas_kernels.vmem import LANES, bits, narrow, sublanes, tile_bytes, up
@@ -18,6 +18,7 @@ from pallas_kernels.vmem import LANES, bits, narrow, sublanes, tile_bytes, up
 STEP = 0.05e-6
 LATENCY = 0.55e-6
 DRAIN = 400
+LONG = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
     """Sizes worth trying; some may not fit."""
     p = problem
     ms = [p.rows] if p.rows <= 512 else [m for m in (256, 512, 1024, 2048, 4096) if m < 2 * p.rows]
+    # Few rows at a time, for a contraction so long that no more fit.
+    ms += [m for m in (32, 64, 128) if m < p.rows and p.inner > LONG]
     ns = [n for n in (128, 256, 512, 1024, 2048, 4096) if n < p.columns] or [p.columns]
     ks = [p.inner] + [p.inner // d for d in (2, 4, 7, 8, 14, 16, 28, 32, 64) if p.inner % d == 0]
     found = []
@@ -163,6 +166,7 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
     bandwidth = share * chip.bandwidth
     copy = (x + w + p.rows * p.columns * bits(p.out) / 8) / bandwidth / steps
     first = (min(b.m, p.rows) * b.k * bits(p.x) + b.k * min(b.n, p.columns) * bits(p.w)) / 8 / bandwidth
+    written = min(b.m, p.rows) * b.n * bits(p.out) / 8 / bandwidth
     peak = share * (chip.int8 if p.compute == "int8" else chip.bf16 / (6 if p.compute == "float32" else 1))
     # Loading a part of the weight takes the matrix units as long as this many rows.
     least = 3 * chip.mxu // 8 if chip.mxu == 128 else 5 * chip.mxu // 8
@@ -176,7 +180,24 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
         product += share * b.k * b.n / 1024 * 3 / chip.clock
     # A copy is asked for while the one before it is under way: its latency shows unless products are short.
     copies = steps * max(copy, (copy + product + LATENCY) / 2) + product
-    return LATENCY + max(first + steps * product, copies)
+    return LATENCY + max(first + steps * product + written, copies)
+
+
+@cache
+def _fitting(problem: Problem, chip: Chip) -> list[Blocks]:
+    return [b for b in candidates(problem, chip) if fits(problem, b, chip)]
+
+
+def shortage(problem: Problem, chip: Chip) -> str | None:
+    """Why no sizes fit, if none do."""
+    if 0 in (problem.rows, problem.inner, problem.columns) or _fitting(problem, chip):
+        return None
+    least = min((vmem_bytes(problem, b) for b in candidates(problem, chip)), default=0)
+    return (
+        f"x=[{problem.rows}, {problem.inner}] and w=[{problem.inner}, {problem.columns}] need "
+        f"at least {least / MIB:.1f} MiB of VMEM, but a {chip.name} has {budget(chip) / MIB:.1f} MiB for a kernel: "
+        "pad K to a multiple of 512"
+    )
 
 
 @cache
@@ -186,13 +207,6 @@ def heuristic(problem: Problem, chip: Chip) -> Blocks:
     Raises:
       InputError: none fits; says how much the smallest needs.
     """
-    found = candidates(problem, chip)
-    fitting = [b for b in found if fits(problem, b, chip)]
-    if not fitting:
-        least = min((vmem_bytes(problem, b) for b in found), default=0)
-        raise InputError(
-            f"x=[{problem.rows}, {problem.inner}] and w=[{problem.inner}, {problem.columns}] need at least {least} "
-            f"bytes of VMEM in quantized_matmul, but a {chip.name} has {budget(chip)} for a kernel: pad K to a "
-            "multiple of 512, or use implementation='xla'."
-        )
-    return min(fitting, key=lambda b: seconds(problem, b, chip))
+    if reason := shortage(problem, chip):
+        raise InputError(f"{reason}, or use implementation='xla'.")
+    return min(_fitting(problem, chip), key=lambda b: seconds(problem, b, chip))

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import current
 from pallas_kernels.quantized_matmul.blocks import Blocks, Problem, columns_outside, vmem_bytes, widens
+from pallas_kernels.vmem import limit
 
 
 def pallas(
@@ -59,9 +60,9 @@ def pallas(
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary" if keeps else "parallel", "arbitrary"),
-            vmem_limit_bytes=min(current().vmem, vmem_bytes(p, b) * 5 // 4 + (4 << 20)),
+            vmem_limit_bytes=limit(current(), vmem_bytes(p, b)),
         ),
-        interpret=pltpu.InterpretParams() if interpret else False,
+        interpret=interpret,
         name="quantized_matmul",
     )(*(operand for operand, _ in operands))
 

@@ -241,6 +241,8 @@ def test_tpus_get_the_kernel_for_narrow_weights_and_a_dot_for_others():
     assert plain.count("stablehlo.dot_general") == 1
     asked = lowered("tpu", x, jnp.ones((256, 512), jnp.bfloat16), implementation="pallas")
     assert "tpu_custom_call" in asked
+    few = lowered("tpu", x, jnp.ones((256, 512), jnp.float8_e4m3fn), jnp.ones(512))
+    assert "tpu_custom_call" not in few
     half = lowered("tpu", x.astype(jnp.float16), jnp.ones((256, 512), jnp.int8), jnp.ones(512))
     assert "tpu_custom_call" not in half
 
@@ -284,7 +286,7 @@ def test_chosen_sizes_fit_and_divide(chip):
 
 @given(
     rows=st.integers(1, 5000),
-    inner=st.integers(1, 40000),
+    inner=st.integers(1, 20000),
     columns=st.integers(1, 40000),
     x=st.sampled_from(["float32", "bfloat16", "int8"]),
     w=st.sampled_from(["int8", "int4"]),
@@ -336,6 +338,13 @@ def test_what_the_kernel_cannot_do_is_refused():
             blocks=Blocks(4096, 4096, 8192, 4096),
             implementation="pallas",
         )
+
+
+def test_a_contraction_that_no_sizes_fit_goes_to_xla():
+    x, w, scales = jnp.zeros((8, 99_991)), jnp.zeros((99_991, 4), jnp.int8), jnp.ones(4)
+    assert "tpu_custom_call" not in lowered("tpu", x, w, scales)
+    with pytest.raises(UnsupportedError, match=r"need at least [\d.]+ MiB of VMEM, but a v5e has 115.2 MiB"):
+        quantized_matmul(x, w, scales, implementation="pallas")
 
 
 def test_model_cases_are_named_once():
