@@ -38,14 +38,11 @@ class DenseCache(LayerCache):
         elif tokens <= DECODE_TOKENS:
             out = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, **rule.mask)
         else:
-            out = flash_attention(
-                q,
-                read_layer(cache.k, layer, q.dtype),
-                read_layer(cache.v, layer, q.dtype),
-                q_offset=step.starts,
-                lengths=step.totals,
-                **rule.mask,
-            )
+            stored, options = (cache.k, cache.v), dict(q_offset=step.starts, lengths=step.totals, **rule.mask)
+            if cache.k.dtype == q.dtype:
+                out = flash_attention(q, *stored, layer=layer, **options)
+            else:
+                out = flash_attention(q, *(read_layer(x, layer, q.dtype) for x in stored), **options)
         return out, cache
 
     @property

@@ -79,5 +79,6 @@ def _gradients(options: Options, saved, cotangents):
 
 
 _attend.defvjp(_save, _gradients)
-# The arguments and results of `reference`, and a layer where k and v are stacked. Jitted, so that the layers of a model share one trace.
+# The arguments and results of `reference`, and a layer where k and v are stacked.
+# Jitted, so that the layers of a model share one trace.
 attend = jax.jit(_attend, static_argnums=0)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import flash_attention
+from pallas_kernels.errors import InputError
 from pallas_kernels.flash_attention import XlaBlocks
 from pallas_kernels.flash_attention.cases import MODELS, SMALL, tree
 
@@ -172,3 +173,37 @@ def test_named_cases_are_calls(case):
     out = jax.eval_shape(lambda q, k, v: flash_attention(q, k, v, **case.options, **made), q, k, v)
     assert out.shape == (*q.shape[:3], case.value_dim)
     assert out.dtype == case.dtype
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
+@pytest.mark.parametrize("name", ["chunk", "lengths", "everything"])
+def test_a_layer_of_stacked_keys_and_values(implementation, name):
+    case = next(c for c in SMALL if c.name == name)
+    (q, k, v), options = case.inputs()
+    stacks = [jnp.stack([jnp.full_like(x, jnp.nan), x, jnp.full_like(x, jnp.nan)]) for x in (k, v)]
+    want = flash_attention(*map(jnp.asarray, (q, k, v)), **options, implementation="reference")
+    run = jax.jit(lambda layer: flash_attention(q, *stacks, **options, layer=layer, implementation=implementation))
+    np.testing.assert_allclose(run(1), want, atol=2e-6 * np.abs(want).max())
+
+
+def test_gradients_reach_the_layer_that_was_read():
+    (q, k, v), options = next(c for c in SMALL if c.name == "chunk").inputs()
+    stacks = [jnp.stack([x + 1, x]) for x in (k, v)]
+
+    def loss(k, v, layer):
+        return jnp.sum(jnp.sin(flash_attention(jnp.asarray(q), k, v, layer=layer, **options)))
+
+    want = jax.grad(lambda k, v: loss(k, v, None), (0, 1))(jnp.asarray(k), jnp.asarray(v))
+    for got, one in zip(jax.grad(lambda k, v: loss(k, v, 1), (0, 1))(*stacks), want, strict=True):
+        assert not np.any(got[0])
+        np.testing.assert_allclose(got[1], one, atol=1e-5)
+
+
+def test_a_stack_needs_a_layer():
+    q, k = jnp.ones((1, 2, 4, 8)), jnp.ones((3, 1, 2, 4, 8))
+    with pytest.raises(InputError, match="layer"):
+        flash_attention(q, k, k)
+    with pytest.raises(InputError, match="layer"):
+        flash_attention(q, k[0], k[0], layer=0)
+    with pytest.raises(InputError, match="stacks 3 layers"):
+        flash_attention(q, k, k, layer=3)
