@@ -92,7 +92,8 @@ def test_tokens_that_tie_with_the_last_one_stay() -> None:
 def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -> None:
     x = jnp.asarray(40 * logits())
     controls = Controls.of([SamplingParams(temperature=temperature, top_p=0.9)] * 3)
-    np.testing.assert_array_equal(jnp.argmax(x, axis=-1), sample(x, controls, row_keys(jnp.arange(3), jnp.zeros(3))))
+    keys = row_keys(jnp.arange(3), jnp.zeros(3))
+    np.testing.assert_array_equal(jnp.argmax(x, axis=-1), sample(x, controls, keys))
 
 
 def test_processors_come_before_temperature() -> None:
