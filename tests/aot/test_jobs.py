@@ -1,5 +1,7 @@
 """Jobs in processes of their own: results, refusals, crashes."""
 
+import time
+
 import pytest
 from tpu_compiler import PATHS, needs_compiler
 
@@ -64,3 +66,12 @@ def test_one_failure_loses_one_job(workers: int) -> None:
 def test_a_job_without_end_is_stopped() -> None:
     with pytest.raises(JaxinfError, match="more than 2 s"):
         compile_one(job("endless"), timeout=2, paths=PATHS)
+
+
+@needs_compiler
+def test_who_stops_listening_does_not_wait() -> None:
+    outcomes = run([job("refused"), job("endless")], paths=PATHS)
+    assert next(outcomes).kind == "input"
+    began = time.monotonic()
+    outcomes.close()
+    assert time.monotonic() - began < 60  # the second job sleeps for ten minutes
