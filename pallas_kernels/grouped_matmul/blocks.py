@@ -216,8 +216,8 @@ def shortage(problem: Problem, chip: Chip) -> str | None:
     least = min((vmem_bytes(problem, b) for b in candidates(problem, chip)), default=0)
     return (
         f"lhs=[{problem.rows}, {problem.inner}] and rhs=[{problem.groups}, {problem.inner}, {problem.columns}] "
-        f"need at least {least / MIB:.1f} MiB of VMEM, but a {chip.name} has {budget(chip) / MIB:.1f} for a kernel: "
-        "pad K to a multiple of 512"
+        f"need at least {least / MIB:.1f} MiB of VMEM, but a {chip.name} has {budget(chip) / MIB:.1f} for a "
+        "kernel: pad K to a multiple of 512"
     )
 
 
