@@ -1,5 +1,6 @@
 """Block sizes of `cache_append`."""
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -91,7 +92,13 @@ def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
 
 
 def heuristic(problem: Problem, chip: Chip) -> Blocks:
-    sizes = Blocks(256, 8, 1)
-    while vmem_bytes(problem, sizes) > tuned.budget(chip) // 4 and sizes.window > 8:
-        sizes = Blocks(sizes.window // 2, 4, 1)
+    """Single tokens are bound by scalar code, which rows side by side share; chunks by copies."""
+    if problem.tokens == 1:
+        whole = problem.batch // 2 if chip.megacore and problem.batch % 2 == 0 else problem.batch
+        sizes = Blocks(8, 4, math.gcd(whole, 4))
+    else:
+        sizes = Blocks(256, 8)
+    limit = tuned.budget(chip) // 4
+    while vmem_bytes(problem, sizes) > limit and (sizes.rows > 1 or sizes.window > 8):
+        sizes = Blocks(max(sizes.window // 2, 8), 4)
     return sizes

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_compiler import needs_compiler
+from tpu_compiler import compiles
 
 from jaxinf.aot import lower
 from pallas_kernels import cache_append, flash_decode
 
-pytestmark = [needs_compiler, pytest.mark.compile]
+pytestmark = compiles
 LAYERS, SHARE = 16, 4
 
 
