@@ -91,7 +91,8 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
         total += 2 * tile_bytes(1, b.n, "float32")
     if b.k < p.inner:
         total += tile_bytes(b.m, b.n, "float32")
-    total += tile_bytes(b.rows, b.n, "float32")
+    # The result of a window, and what does not stay in registers of its rows.
+    total += tile_bytes(b.rows, b.n, "float32") + tile_bytes(b.rows, b.k, p.lhs)
     if p.compute == "float32":
         # Each operand of a float32 product is split in three bfloat16 parts.
         total += 2 * tile_bytes(b.rows, b.k, "float32") + 2 * tile_bytes(*w, "float32")
@@ -216,7 +217,7 @@ def shortage(problem: Problem, chip: Chip) -> str | None:
     least = min((vmem_bytes(problem, b) for b in candidates(problem, chip)), default=0)
     return (
         f"lhs=[{problem.rows}, {problem.inner}] and rhs=[{problem.groups}, {problem.inner}, {problem.columns}] "
-        f"need at least {least / MIB:.1f} MiB of VMEM, but a {chip.name} has {budget(chip) / MIB:.1f} for a "
+        f"need {least / MIB:.1f} MiB of VMEM, but a {chip.name} has {budget(chip) / MIB:.1f} for a "
         "kernel: pad K to a multiple of 512"
     )
 

@@ -101,7 +101,8 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     if widens(p, b):
         total += tile_bytes(*w, p.compute)
     window = min(b.rows, b.m)
-    total += tile_bytes(window, b.n, "float32")
+    # The result of a window, and what does not stay in registers of its rows.
+    total += tile_bytes(window, b.n, "float32") + tile_bytes(window, b.k, p.x)
     if p.compute == "float32":
         # Each operand of a float32 product is split in three bfloat16 parts.
         total += 2 * tile_bytes(window, b.k, "float32") + 2 * tile_bytes(*w, "float32")
