@@ -18,7 +18,7 @@ def row_major(ndim: int, sharding: Sharding) -> Format:
     return Format(Layout(tuple(range(ndim))), sharding)
 
 
-def place(x: Any, device: jax.Device | None = None) -> jax.Array:
+def place(x: Any, device: Any = None) -> jax.Array:
     """An array on a device (default: the first), as weights should lie there.
 
     Elsewhere than on TPUs arrays are row-major anyway, and stay uncommitted unless a device is given.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ class DenseCache(LayerCache):
         elif tokens <= DECODE_TOKENS:
             out = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, **rule.mask)
         else:
-            stored, options = (cache.k, cache.v), dict(q_offset=step.starts, lengths=step.totals, **rule.mask)
+            stored = cache.k, cache.v
+            options: dict[str, Any] = dict(q_offset=step.starts, lengths=step.totals, **rule.mask)
             if cache.k.dtype == q.dtype:
                 out = flash_attention(q, *stored, layer=layer, **options)
             else:
