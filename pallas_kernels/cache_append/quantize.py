@@ -17,6 +17,6 @@ def quantize_tokens(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     integer = jnp.issubdtype(dtype, jnp.integer)
     top = 127.0 if integer else float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(largest > 0, largest / top, 1.0)
+    scale = jnp.where(largest > 0, largest * (1 / top), 1.0)
     x = jnp.clip(x / scale[..., None], -top, top)
     return (jnp.rint(x) if integer else x).astype(dtype), scale
