@@ -12,6 +12,7 @@ import jax
 from pallas_kernels.errors import InputError
 
 MIB = 1 << 20
+LANES = 128  # numbers side by side in a vector register, of all chips
 
 
 @dataclass(frozen=True)

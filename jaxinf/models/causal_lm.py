@@ -179,7 +179,8 @@ class CausalLM(nnx.Module):
         """An empty cache for `batch` rows of up to `capacity` tokens.
 
         Args:
-          capacity: tokens; layers with a window store less where that is enough.
+          capacity: tokens; layers with a window store less where that is enough. For TPUs sizes are rounded up to
+            whole tiles of 128 slots.
           dtype: of keys and values; default: the model's. For a CPU bfloat16 is stored as its bits, uint16, which
             alone can be written in place there; a mesh of described TPUs in context means TPUs.
           max_append: tokens that one pass may append and then take back (1 for plain decoding).
@@ -222,16 +223,23 @@ def init_cache(
         raise InputError(f"window={window} must be at least 1, or None")
 
     dtype = storage_dtype(dtype, chips.platform())
+    # A TPU lays out whole tiles of slots; other numbers of them it would re-lay, copying the cache at every write.
+    tile = chips.LANES if chips.platform() == "tpu" else 1
+    capacity += -capacity % tile
+
+    def spare(window: int) -> int:
+        """`max_append`, and what fills the last tile."""
+        return max_append - (window + max_append - 1) % -tile
 
     def one(layer: LayerSpec, layers: int | None) -> LayerCache:
         a = layer.attention
         shape = (layers, batch, a.kv_heads)
         if a.window is not None and a.window + max_append - 1 < capacity:
-            return RollingCache.zeros(*shape, a.window, a.head_dim, dtype, max_append=max_append)
+            return RollingCache.zeros(*shape, a.window, a.head_dim, dtype, max_append=spare(a.window))
         if a.window is None and window is not None:
             if sinks:
-                return SinkCache.zeros(*shape, window, a.head_dim, dtype, sinks=sinks, max_append=max_append)
-            return RollingCache.zeros(*shape, window, a.head_dim, dtype, max_append=max_append)
+                return SinkCache.zeros(*shape, window, a.head_dim, dtype, sinks=sinks, max_append=spare(window))
+            return RollingCache.zeros(*shape, window, a.head_dim, dtype, max_append=spare(window))
         return DenseCache.zeros(*shape, capacity, a.head_dim, dtype)
 
     def segment(s: SegmentSpec) -> tuple[LayerCache, ...]:
