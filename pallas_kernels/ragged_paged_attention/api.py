@@ -1,6 +1,5 @@
 """Attention over a paged cache, prefill chunks and decode rows mixed in one call."""
 
-from functools import partial
 from typing import Any, Literal, overload
 
 import jax
@@ -174,13 +173,15 @@ def ragged_paged_attention(
         sizes = tuned.choose("ragged_paged_attention", block_sizes, problem, chips.current(), blocks)
         return pallas(arrays, return_lse=return_lse, blocks=sizes, interpret=interpret, **options)
 
-    out, lse = dispatch(
+    def asked(results):
+        return results if return_lse else results[0]
+
+    return dispatch(
         "ragged_paged_attention",
         implementation,
         arrays,
-        reference=partial(reference, **options),
-        xla=partial(xla, **options, blocks=blocks),
-        pallas=kernel,
+        reference=lambda arrays: asked(reference(arrays, **options)),
+        xla=lambda arrays: asked(xla(arrays, **options, blocks=blocks)),
+        pallas=lambda arrays, *, interpret: asked(kernel(arrays, interpret=interpret)),
         unsupported=reasons,
     )
-    return (out, lse) if return_lse else out

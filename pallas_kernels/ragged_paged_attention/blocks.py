@@ -138,6 +138,8 @@ def check(problem: Problem, blocks: Blocks) -> None:
         for name, size in (("keys", blocks.keys), ("keys_one", blocks.keys_one))
         if total % size or size % problem.page or size % LANES
     ]
+    if max(blocks.keys, blocks.keys_one) % min(blocks.keys, blocks.keys_one):
+        wrong.append(f"keys={blocks.keys} and keys_one={blocks.keys_one}, one of which must divide the other")
     if blocks.q % blocks.q_tile or blocks.q_tile % 8:
         wrong.append(f"q_tile={blocks.q_tile}, which must divide q={blocks.q} and be a multiple of 8")
     if wrong:
@@ -191,9 +193,11 @@ def _sized(problem: Problem, q: int, q_tile: int, keys: int) -> Blocks:
     keys = min(_up(keys, unit), _power(-(-problem.per_row * problem.page // unit) * 2 - 1) * unit)
     pages = keys // problem.page
     # The matrix unit waits less with more keys at a time; a token alone has few rows to wait with.
-    one = 1024 if problem.kv_heads > 4 else 2048
+    item = jnp.dtype(problem.cache).itemsize
+    one = max(512, min(4096, _power(16384 // item // problem.kv_heads)))
     cuts = [cut * unit for cut in range(1, keys // unit + 1) if keys // unit % cut == 0]
-    part, part_one = (max(cut for cut in cuts if cut <= max(size, unit)) for size in (512, one))
+    part_one = max(cut for cut in cuts if cut <= max(one, unit))
+    part = max(cut for cut in cuts if cut <= max(512, unit) and part_one % cut == 0)
     return Blocks(q, q_tile, pages, part, part_one, 2, min(8, pages))
 
 

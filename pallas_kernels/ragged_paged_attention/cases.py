@@ -48,6 +48,7 @@ class Case:
     width: int | None = None
     latent: bool = False
     spare: int = 0  # tokens of no row, at the end
+    physical: int | None = None  # pages that there are at most: rows share them
     runs: bool = False  # each row's pages follow each other, as an allocator with free memory gives them
     tree: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class Case:
             ids = np.random.default_rng(7).permutation(ids)
         table = np.full((len(self.rows), max(counts.max(), 1)), junk, np.int32)
         for row, (start, count) in enumerate(zip(np.cumsum(counts) - counts, counts, strict=True)):
-            table[row, :count] = ids[start : start + count]
+            table[row, :count] = ids[start : start + count] % (self.physical or len(ids))
         return table
 
     @property
@@ -84,7 +85,7 @@ class Case:
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
         """Of q, pages and page_scales (None: none)."""
         lead = () if self.layers is None else (self.layers,)
-        count = int(self.page_counts.sum()) + 2
+        count = min(int(self.page_counts.sum()) + 2, self.physical or 1 << 30)
         scales = (*lead, count, 1, (1 if self.latent else 2) * self.kv_heads * self.page)
         return (
             (int(self.q_starts[-1]) + self.spare, self.heads, self.head_dim),
@@ -217,6 +218,8 @@ def _decode(context: int, batch: int) -> tuple[tuple[int, int], ...]:
     return ((context, 1),) * batch
 
 
+PAGES_FIT = 10 << 30  # bytes, on every chip; more rows than that share pages
+
 # 31 rows that decode and one that reads a chunk of its prompt.
 MIXED = (*(_decode(4096, 31)), (2048, 512))
 
@@ -227,6 +230,8 @@ def _model(
     shape = SHAPES[name].shard(ways)
     latent = name == "deepseek-v3-latent"
     width = shape.head_dim if latent else shape.head_dim + shape.value_dim
+    width = -(-width // 128) * 128
+    physical = PAGES_FIT // (2 * shape.kv_heads * page * width * (1 if cache == "int8" else 2))
     ends = ("" if ways == 1 else f"-shard{ways}") + ("" if page == 64 else f"-page{page}")
     return Case(
         f"{name}-{label}{ends}" + ("" if cache == "bfloat16" else f"-{cache}"),
@@ -239,8 +244,9 @@ def _model(
         "bfloat16",
         cache,
         2,
-        -(-width // 128) * 128,
+        width,
         latent,
+        physical=physical,
         options=MappingProxyType({} if shape.window is None else {"window": shape.window}),
         arrays=MappingProxyType({"sinks": per_head} if shape.sinks else {}),
     )

@@ -164,13 +164,25 @@ class Walk:
             self.start(row * self.per_row + piece.page + block * self.per_block, pages, slot)
 
     def start(self, entry: jax.Array, pages: jax.Array, slot: jax.Array) -> None:
-        """Starts the copies of `pages` entries of the table, by runs that halve until none is left."""
-        done, run = 0 * pages, self.run
-        while run:
-            groups = lax.div(pages - done, run)
-            lax.fori_loop(0, groups, partial(self.start_run, entry + done, slot, done, run), 0)
-            done += groups * run
-            run //= 2
+        """Starts the copies of `pages` entries of the table: one where they follow each other, else one for each
+        aligned run that does, trying runs that halve until none is left."""
+        first = self.page_id(entry)
+        maybe = self.page_id(entry + pages - 1) - first == pages - 1
+
+        def count_broken(k, broken):
+            return broken + (self.page_id(entry + k) != first + k).astype(jnp.int32)
+
+        whole = maybe & (lax.fori_loop(0, jnp.where(maybe, pages, 0), count_broken, 0) == 0)
+        pl.when(whole)(lambda: self.copy(first, slot, 0, pages))
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            done, run = 0 * pages, self.run
+            while run:
+                groups = lax.div(pages - done, run)
+                lax.fori_loop(0, groups, partial(self.start_run, entry + done, slot, done, run), 0)
+                done += groups * run
+                run //= 2
 
     def start_run(
         self, entry: jax.Array, slot: jax.Array, index: jax.Array, run: int, group: jax.Array, _: int
@@ -196,7 +208,7 @@ class Walk:
         last = jnp.uint32(self.pages.shape[0] - 1)
         return jnp.minimum(self.table[entry].astype(jnp.uint32), last).astype(jnp.int32)
 
-    def copy(self, page: jax.Array, slot: jax.Array, index: jax.Array, count: int) -> None:
+    def copy(self, page: jax.Array, slot: jax.Array, index: Any, count: Any) -> None:
         semaphore = self.arrived.at[slot]
         for source, target in ((self.pages, self.buffer), (self.page_scales, self.scale_buffer)):
             if source is not None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.errors import InputError
 from pallas_kernels.ragged_paged_attention import empty_pages, paged_append
 from pallas_kernels.stored import decode, to_bits
 
@@ -81,3 +82,53 @@ def test_contract(implementation, dtype, page, heads, latent):
     assert (out_scales is None) == (scales is None)
     if scales is not None:
         np.testing.assert_allclose(out_scales, want_scales, rtol=1e-6)
+
+
+def test_a_tpu_gets_the_kernel():
+    pages, _ = empty_pages(10, 2, 16, 256, "bfloat16")
+    k = jnp.zeros((3, 2, 128), "bfloat16")
+    run = jax.jit(lambda pages, k: paged_append(pages, k, k, TABLE[:1], np.array([17]), np.array([0, 3])))
+    assert "tpu_custom_call" in run.trace(pages, k).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_in_place():
+    """A loop over layers updates donated pages without copying them."""
+
+    def run(pages, k, lengths):
+        def layer(index, pages):
+            return paged_append(pages, k, k, TABLE[:1], lengths, np.array([0, 3]), layer=index)[0]
+
+        return jax.lax.fori_loop(0, 2, layer, pages)
+
+    for dtype in ("float32", "uint16"):
+        pages, _ = empty_pages(200, 2, 16, 256, dtype, layers=2)
+        compiled = jax.jit(run, donate_argnums=0).lower(pages, jnp.zeros((3, 2, 128)), np.array([17])).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < pages.nbytes / 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(v=jnp.zeros((3, 2, 129))), "last axis must hold 257"),
+        (dict(v=jnp.zeros((2, 2, 128))), "v.shape"),
+        (dict(v=jnp.zeros((3, 2, 128), "bfloat16")), "dtypes float32 and bfloat16"),
+        (dict(k=jnp.zeros((3, 1, 128))), "k.shape"),
+        (dict(k=jnp.zeros((3, 2, 128), "int8")), "k.dtype=int8"),
+        (dict(page_table=np.array([[1, 10]])), r"page_table\[0, 1\]=10, but 0..9"),
+        (dict(kv_lengths=np.array([33])), "kv_lengths=.*0..32"),
+        (dict(q_starts=np.array([0, 4])), "q_starts=.*0..3"),
+        (dict(layer=1), "takes no layer"),
+        (dict(pages=jnp.zeros((10, 2, 16, 256), "int8")), "int8 and have no scales"),
+    ],
+)
+def test_bad_input(changes, message):
+    given = dict(
+        pages=jnp.zeros((10, 2, 16, 256)),
+        k=jnp.zeros((3, 2, 128)),
+        v=jnp.zeros((3, 2, 128)),
+        page_table=np.array([[1, 2]]),
+        kv_lengths=np.array([17]),
+        q_starts=np.array([0, 3]),
+    )
+    with pytest.raises(InputError, match=message):
+        paged_append(**(given | changes))
