@@ -20,6 +20,7 @@ LATENCY = 0.55e-6
 DRAIN = 300
 # Multiply-adds of one product in the program: they are unrolled, and compile for seconds.
 UNROLLED = 1 << 30
+LONG = 1 << 12
 # Columns that fill the widest matrix unit.
 WIDE = 256
 
@@ -139,9 +140,11 @@ def _splits(problem: Problem) -> list[int]:
 def _candidates(problem: Problem, ks: list[int]) -> list[Blocks]:
     p = problem
     most = up(p.rows, p.align)
-    ms = sorted({min(m, most) for m in (128, 256, 512, 1024, 2048, 4096, 8192)} | {most})
+    # Few rows at a time, for a contraction so long that no more fit.
+    least = (32, 64) if p.inner > LONG else ()
+    ms = sorted({min(m, most) for m in (*least, 128, 256, 512, 1024, 2048, 4096, 8192)} | {most})
     # Parts of equal width: a narrow last one would be copied and multiplied at full width.
-    ns = {p.columns} | {
+    ns = {p.columns, LANES} | {
         up(-(-p.columns // parts), LANES) for parts in (2, 3, 4, 6, 7, 8, 12, 14, 16, 28, 32, 56, 112)
     }
     mean = 1 << int(p.rows / _active(p) - 1).bit_length()

@@ -18,7 +18,7 @@ from pallas_kernels.vmem import LANES, bits, narrow, sublanes, tile_bytes, up
 STEP = 0.05e-6
 LATENCY = 0.55e-6
 DRAIN = 400
-LONG = 1 << 14
+LONG = 1 << 12
 
 
 @dataclass(frozen=True)
