@@ -158,7 +158,12 @@ except CheckpointError as e:
 
 
 @pytest.mark.parametrize(
-    ("to", "why"), [("safetensors", "cannot write .*: File too large"), ("orbax", "orbax cannot")]
+    ("to", "why"),
+    # Which of orbax's own writes and ours meets the limit first depends on the version and on its threads.
+    [
+        ("safetensors", "cannot write .*: File too large"),
+        ("orbax", "(orbax cannot|cannot write .*: File too large)"),
+    ],
 )
 def test_a_disk_that_refuses_leaves_nothing(to: str, why: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL, str(GOLDENS / "llama"), str(tmp_path / "new"), to]
