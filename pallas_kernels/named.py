@@ -17,8 +17,9 @@ class Work:
 @dataclass(frozen=True)
 class Call:
     """`fn(*args)` calls the op. Large arrays among args are `jax.ShapeDtypeStruct`s; those whose values steer the
-    kernel (lengths, page tables, group sizes) are NumPy arrays."""
+    kernel (lengths, page tables, group sizes) are NumPy arrays. `donate`: positions of args written in place."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     work: Work
+    donate: tuple[int, ...] = ()

@@ -55,7 +55,7 @@ def compile_job(job: Job, chip: str, dumps: str | None = None, keep: str | None 
     """
     call = job.make(topology.devices(chip))
     try:
-        compiled = lowering.lower(call.fn, *call.args, chip=chip, mesh=_mesh(call))
+        compiled = lowering.lower(call.fn, *call.args, chip=chip, mesh=_mesh(call), donate=call.donate)
         estimate = None if dumps is None else _estimate(compiled, call, dumps)
     finally:
         if dumps is not None:

@@ -39,7 +39,7 @@ class Case:
         )
 
     def call(self, implementation: Any = "pallas", blocks: Blocks | None = None) -> Call:
-        """Into the last layer, each row at another slot. Donate the arguments at `donated`."""
+        """Into the last layer, each row at another slot."""
         cache, new = self.shapes
         starts = (np.arange(self.batch) * 37 + self.slots // 2) % max(self.slots - self.tokens, 1)
         args = [
@@ -58,7 +58,7 @@ class Case:
         vectors = self.batch * self.kv_heads * self.tokens
         sizes = jnp.dtype(self.cache).itemsize + jnp.dtype(self.new).itemsize
         moved = vectors * (self.head_dim * sizes + (4 if self.scaled else 0))
-        return Call(fn, tuple(args), Work(0.0, float(moved), self.cache))
+        return Call(fn, tuple(args), Work(0.0, float(moved), self.cache), self.donated)
 
     @property
     def donated(self) -> tuple[int, ...]:
