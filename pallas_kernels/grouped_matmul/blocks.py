@@ -197,7 +197,7 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
     for count, size in ((large, b.rows), (small, b.tail)):
         width = chunk(b, size)
         area = up(b.k, chip.mxu) * up(width, chip.mxu)
-        product += count * b.n / width * (2 * max(size, least) * area / peak + DRAIN / chip.clock)
+        product += count * b.n / width * max(2 * size * area / peak + DRAIN / chip.clock, 2 * least * area / peak)
     if steps_k > 1:
         product += 4 * mine * b.n / 1024 / chip.clock
     product += STEP

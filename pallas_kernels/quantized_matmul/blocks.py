@@ -137,7 +137,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
     ms = [p.rows] if p.rows <= 512 else [m for m in (256, 512, 1024, 2048, 4096) if m < 2 * p.rows]
     # Few rows at a time, for a contraction so long that no more fit.
     ms += [m for m in (32, 64, 128) if m < p.rows and p.inner > LONG]
-    ns = [n for n in (128, 256, 512, 1024, 2048, 4096) if n < p.columns] or [p.columns]
+    ns = [n for n in (128, 256, 512, 768, 1024, 2048, 4096) if n < p.columns] or [p.columns]
     ks = [p.inner] + [p.inner // d for d in (2, 4, 7, 8, 14, 16, 28, 32, 64) if p.inner % d == 0]
     found = []
     for m in ms:
@@ -172,8 +172,8 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
     # Loading a part of the weight takes the matrix units as long as this many rows.
     least = 3 * chip.mxu // 8 if chip.mxu == 128 else 5 * chip.mxu // 8
     windows = max(1, min(b.m, p.rows) // b.rows)
-    product = 2 * max(min(b.rows, p.rows), least) * up(b.k, chip.mxu) * up(b.n, chip.mxu) / peak
-    product = windows * (product + DRAIN / chip.clock) + STEP
+    row = 2 * up(b.k, chip.mxu) * up(b.n, chip.mxu) / peak
+    product = windows * max(min(b.rows, p.rows) * row + DRAIN / chip.clock, least * row) + STEP
     if steps_k > 1:
         product += 4 * b.m * b.n / 1024 / chip.clock
     if widens(p, b):
