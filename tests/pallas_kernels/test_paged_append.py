@@ -91,6 +91,9 @@ def test_a_tpu_gets_the_kernel():
     assert "tpu_custom_call" in run.trace(pages, k).lower(lowering_platforms=("tpu",)).as_text()
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 9), reason="XLA's CPU compiler of JAX 0.8 copies the pages at each write"
+)
 def test_in_place():
     """A loop over layers updates donated pages without copying them."""
 
