@@ -125,11 +125,3 @@ def window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[in
     if window < 1:
         raise InputError(f"window={window}, but it counts the query's own key, so it must be 1 or more, or None.")
     return int(window) - 1, 0
-
-
-def check_implementation(implementation: str | None, allowed: tuple[str, ...] = ("reference", "xla")) -> str:
-    if implementation is None:
-        return "xla"
-    if implementation not in allowed:
-        raise InputError(f"implementation={implementation!r}, but only {', '.join(allowed)} or None are available.")
-    return implementation
