@@ -1,5 +1,6 @@
-"""Device meshes and placement."""
+"""Device meshes, placement, and collectives over a mesh's axes."""
 
+from sharding.collectives import AXES
 from sharding.layouts import place, row_major
 
-__all__ = ["place", "row_major"]
+__all__ = ["AXES", "place", "row_major"]
