@@ -2,56 +2,15 @@
 
 import math
 import os
-import re
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from pallas_kernels import chips
-from pallas_kernels.chips import Chip
+from jaxinf.aot.slices import Slice, find
 from pallas_kernels.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Chips of one kind wired as `topology` says, such as "v5e:4x4"."""
-
-    chip: Chip
-    topology: str
-
-    @property
-    def size(self) -> int:
-        """Chips."""
-        return _size(self.topology)
-
-    @property
-    def accelerator(self) -> str:
-        """Its TPU_ACCELERATOR_TYPE, which libtpu wants to know before it is loaded."""
-        kind, _, count = self.chip.accelerator.rpartition("-")
-        return f"{kind}-{int(count) * self.size // _size(self.chip.topology)}"
-
-
-def _size(topology: str) -> int:
-    return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
-
-
-def find(name: str) -> Slice:
-    """The slice of that name: a chip ("v6e": the smallest slice), or a chip and a topology ("v6e:4x4").
-
-    Raises:
-      InputError: no such chip, or no topology.
-    """
-    kind, _, shape = name.partition(":")
-    chip = chips.find(kind)
-    if not shape:
-        return Slice(chip, chip.topology)
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        raise InputError(f"topology={shape!r} of {name!r}, but sizes such as 4x4 or 2x2x1 are needed.")
-    return Slice(chip, chip.topology.partition(":")[0] + ":" + shape)
 
 
 def compiler() -> str:

@@ -21,7 +21,7 @@ from pallas_kernels.errors import InputError, UnsupportedError
 )
 def test_slices(name: str, described: str, size: int, accelerator: str) -> None:
     where = topology.find(name)
-    assert (where.topology, where.size, where.accelerator) == (described, size, accelerator)
+    assert (where.topology, where.chips, where.accelerator) == (described, size, accelerator)
 
 
 @pytest.mark.parametrize("name", ["v9", "h100:2x2"])

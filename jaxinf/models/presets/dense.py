@@ -70,6 +70,7 @@ PRESETS: dict[str, Callable[[], ModelSpec]] = {
     ),
     "llama-3.1-8b": partial(_llama3, 8.0, d_model=4096, depth=32, heads=32, kv_heads=8, width=14_336),
     "llama-3.1-70b": partial(_llama3, 8.0, d_model=8192, depth=80, heads=64, kv_heads=8, width=28_672),
+    "llama-3.1-405b": partial(_llama3, 8.0, d_model=16_384, depth=126, heads=128, kv_heads=8, width=53_248),
     "llama-3.2-1b": partial(_llama3, 32.0, d_model=2048, depth=16, heads=32, kv_heads=8, width=8192, tied=True),
     "llama-3.2-3b": partial(
         _llama3, 32.0, d_model=3072, depth=28, heads=24, kv_heads=8, width=8192, head_dim=128, tied=True
@@ -101,6 +102,7 @@ PRESETS: dict[str, Callable[[], ModelSpec]] = {
     ),
     "qwen3-0.6b": partial(_qwen3, d_model=1024, depth=28, heads=16, kv_heads=8, width=3072, tied=True),
     "qwen3-8b": partial(_qwen3, d_model=4096, depth=36, heads=32, kv_heads=8, width=12_288),
+    "qwen3-32b": partial(_qwen3, d_model=5120, depth=64, heads=64, kv_heads=8, width=25_600),
     "phi-3-mini": partial(
         uniform,
         vocab=32_064,
