@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from jaxinf.checkpoint import own
 from jaxinf.checkpoint.folders import GENERATION, check_target, read_json, tokenizer_files, written_beside
 from jaxinf.checkpoint.loading import as_dtype, open_checkpoint, read_config, stored_dtype
 from jaxinf.checkpoint.orbax import write_orbax
-from jaxinf.checkpoint.parameters import abstract, planned
+from jaxinf.checkpoint.parameters import abstract, everything, planned
 from jaxinf.checkpoint.tensors import SHARD_BYTES, Pending, write
 from pallas_kernels.errors import InputError
 
@@ -53,9 +54,11 @@ def convert(
     tensors, spec, names = open_checkpoint(source, config)
     dtype = dtype or stored_dtype(config, tensors)
     plan = planned(abstract(spec, dtype, "list"), tensors, names.source, ignorable=names.ignorable, at=str(source))
-    parameters = [
-        Pending(leaf.names[0], np.dtype(leaf.value.dtype), tuple(leaf.value.shape), value) for leaf, value in plan
-    ]
+    parameters = []
+    for leaf, read in plan:
+        shape = tuple(leaf.value.shape)
+        whole = functools.partial(read, everything(shape))
+        parameters.append(Pending(leaf.names[0], np.dtype(leaf.value.dtype), shape, whole))
     generation = read_json(source / GENERATION) if (source / GENERATION).is_file() else None
     with written_beside(target, overwrite=overwrite) as scratch:
         if to == "safetensors":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxinf.checkpoint import own
 from jaxinf.checkpoint.config import Config
@@ -16,10 +18,13 @@ from jaxinf.checkpoint.folders import CONFIG, GENERATION, read_json
 from jaxinf.checkpoint.names import Bound
 from jaxinf.checkpoint.orbax import open_orbax
 from jaxinf.checkpoint.parameters import abstract, fill
+from jaxinf.checkpoint.progress import shown
+from jaxinf.checkpoint.streaming import Progress
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
 from pallas_kernels.errors import CheckpointError, InputError, UnsupportedError
+from sharding import meshes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,23 +43,38 @@ class Loaded:
     folder: Path
 
 
-def load(folder: str | Path, *, dtype=None, layout: Layout | None = None) -> Loaded:
+def load(
+    folder: str | Path,
+    *,
+    dtype=None,
+    layout: Layout | None = None,
+    mesh: str | Mapping[str, int] | Mesh | None = None,
+    progress: Progress | None = None,
+) -> Loaded:
     """Reads a checkpoint, tensor by tensor, straight into the dtype and layout asked for.
+
+    On a mesh each process reads, of the stored tensors, the parts that its own devices hold. Where a family keeps
+    queries, keys and values in one matrix, head by head, each process reads all of that matrix.
 
     Args:
       folder: of this project's form (`save`, `save_orbax`) or of Hugging Face's.
       dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's.
-      layout: "list" or "stacked"; None: "list" on a CPU, "stacked" elsewhere.
+      layout: "list" or "stacked"; None: "list" on a CPU, "stacked" elsewhere and for stages of a pipeline.
+      mesh: spread the model over it: "data=2,tensor=4", sizes by axis, or a mesh; None: the first device.
+      progress: called with (bytes on the devices, bytes in all), both of this process; None: a bar on a terminal
+        when it takes long.
 
     Raises:
       CheckpointError: what is there is not a whole checkpoint, or does not match its config.
       UnsupportedError: the config asks for maths that this build does not have.
-      InputError: an unknown dtype or layout.
+      InputError: an unknown dtype or layout; a mesh that there is not, or that does not divide the model.
     """
     folder = Path(folder)
+    mesh = None if mesh is None else meshes.make(mesh)
     if dtype is not None:
         dtype = as_dtype(dtype, f"dtype={dtype!r}")
-    layout = layout or ("list" if jax.default_backend() == "cpu" else "stacked")
+    staged = mesh is not None and mesh.shape["pipeline"] > 1
+    layout = layout or ("list" if jax.default_backend() == "cpu" and not staged else "stacked")
     if layout not in ("list", "stacked"):
         raise InputError(f'layout={layout!r} must be "list" or "stacked"')
     config = read_config(folder)
@@ -62,7 +82,11 @@ def load(folder: str | Path, *, dtype=None, layout: Layout | None = None) -> Loa
     generation = read_json(path) if path.is_file() else {}
     tensors, spec, names = open_checkpoint(folder, config)
     dtype = dtype or stored_dtype(config, tensors)
-    model = fill(abstract(spec, dtype, layout), tensors, names.source, ignorable=names.ignorable, at=str(folder))
+    model = abstract(spec, dtype, layout)
+    with shown(progress, f"loading {folder.name}") as progress:
+        model = fill(
+            model, tensors, names.source, ignorable=names.ignorable, at=str(folder), mesh=mesh, progress=progress
+        )
     return Loaded(model, config, generation, folder)
 
 

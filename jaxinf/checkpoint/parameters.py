@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from jaxinf.checkpoint.streaming import Progress, Wanted, place_all
 from jaxinf.checkpoint.tensors import Pending, Tensors
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
+from jaxinf.models.placing import placements
 from pallas_kernels.errors import CheckpointError, UnsupportedError
 from sharding import place
+from sharding.placement import Index, Read
 
 _CHUNK = 1 << 20
 """Elements converted and checked at a time."""
@@ -35,6 +40,10 @@ class Slot:
     names: tuple[str, ...]
     stacked: bool
     value: Any
+
+
+Planned = tuple[Slot, Read]
+"""A leaf, and what reads its values at an index to the host."""
 
 
 def abstract(spec: ModelSpec, dtype, layout: Layout) -> CausalLM:
@@ -100,13 +109,37 @@ def fill(
     *,
     ignorable: Callable[[str], bool] = lambda name: False,
     at: str,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
 ) -> CausalLM:
-    """The abstract `model` with values from `tensors`, one leaf at a time. See `planned`."""
+    """The abstract `model` with values from `tensors`, one leaf at a time. See `planned`.
+
+    Args:
+      mesh: spread the model over it; this process reads what its devices hold.
+      progress: called with (bytes on the devices, bytes in all), both of this process.
+    """
+    plan = planned(model, tensors, source, ignorable=ignorable, at=at)
     graph, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
-    for leaf, host in planned(model, tensors, source, ignorable=ignorable, at=at):
-        flat[leaf.path] = flat[leaf.path].replace(jax.block_until_ready(place(host())))
+    if mesh is None:
+        values = _on_one_device(plan, progress)
+    else:
+        placed = placements(model, mesh.shape)
+        wanted = [Wanted(p, read, leaf.stacked) for p, (leaf, read) in zip(placed, plan, strict=True)]
+        values = place_all(wanted, mesh, progress)
+    for (leaf, _), value in zip(plan, values, strict=True):
+        flat[leaf.path] = flat[leaf.path].replace(value)
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _on_one_device(plan: Sequence[Planned], progress: Progress | None) -> Iterator[jax.Array]:
+    total, done = sum(math.prod(leaf.value.shape) * leaf.value.dtype.itemsize for leaf, _ in plan), 0
+    for leaf, read in plan:
+        value = jax.block_until_ready(place(read(everything(leaf.value.shape))))
+        done += value.nbytes
+        if progress is not None:
+            progress(done, total)
+        yield value
 
 
 def planned(
@@ -116,8 +149,8 @@ def planned(
     *,
     ignorable: Callable[[str], bool],
     at: str,
-) -> list[tuple[Slot, Callable[[], np.ndarray]]]:
-    """The leaves of the abstract `model`, each with what reads its values to the host.
+) -> list[Planned]:
+    """The leaves of the abstract `model`, each with what reads its values, or some of them, to the host.
 
     Args:
       source: from a parameter's name to where its values lie.
@@ -134,21 +167,31 @@ def planned(
     return [(leaf, functools.partial(_gather, leaf, sources, tensors)) for leaf in leaves]
 
 
+def everything(shape: Sequence[int]) -> Index:
+    """The index of a whole array."""
+    return tuple(slice(0, n) for n in shape)
+
+
 @np.errstate(over="ignore", invalid="ignore")  # what overflows is found and named
-def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors) -> np.ndarray:
-    """The values of a leaf on the host: a view of the file where that will do, else one new array."""
+def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors, index: Index) -> np.ndarray:
+    """Values of a leaf on the host: a view of the file where that will do, else one new array.
+
+    Of the stored tensors only what lies at `index` is touched, as far as their views move no data.
+    """
     dtype = np.dtype(leaf.value.dtype)
-    first = sources[leaf.names[0]]
-    if not leaf.stacked and not first.several:
-        view = first.view(tensors.read(first.names[0]))
+    names, inner = (leaf.names[index[0]], index[1:]) if leaf.stacked else (leaf.names, index)
+    if not leaf.stacked and not sources[names[0]].several:
+        first = sources[names[0]]
+        view = first.view(tensors.read(first.names[0]))[inner]
         if view.dtype == dtype and view.flags.c_contiguous:
             _check_finite(view, first.names[0])
             return view
-    out = _aligned(tuple(leaf.value.shape), dtype)
-    for i, name in enumerate(leaf.names):
+    out = _aligned(tuple(s.stop - s.start for s in index), dtype)
+    for i, name in enumerate(names):
         target, source = (out[i] if leaf.stacked else out), sources[name]
-        for j, stored in enumerate(source.names):
-            _copy(target[j] if source.several else target, source.view(tensors.read(stored)), stored)
+        stored, part = (source.names[inner[0]], inner[1:]) if source.several else (source.names, inner)
+        for j, one in enumerate(stored):
+            _copy(target[j] if source.several else target, source.view(tensors.read(one))[part], one)
     return out
 
 
