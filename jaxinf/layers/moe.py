@@ -15,8 +15,12 @@ from jaxinf.core.stacked import unstack
 from jaxinf.layers.ffn import FFN, ActivationSpec, FFNSpec, Gated
 from jaxinf.layers.linear import Linear
 from jaxinf.layers.parameters import constant, normal
+from jaxinf.layers.routing import by_pairs, by_rows
 from pallas_kernels import grouped_matmul
 from pallas_kernels.errors import UnsupportedError
+from sharding import collectives, zigzag
+from sharding.collectives import all_gather, all_to_all, reduce_scatter
+from sharding.experts import spread
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class MoESpec:
 
 
 class Experts(nnx.Module):
-    """Stacked weights `[E, in, out]`; rows arrive sorted by expert."""
+    """Stacked weights `[E, in, out]`, in a sharded program this chip's; rows arrive sorted by expert."""
 
     def __init__(self, spec: MoESpec, d: int, *, rngs: nnx.Rngs, dtype):
         e, w = spec.experts, spec.width
@@ -96,16 +100,28 @@ class Experts(nnx.Module):
         self.down_bias = constant(0.0, (e, d), ("expert", "embed"), dtype) if bias else None
 
     def __call__(self, rows: jax.Array, sizes: jax.Array, owner: jax.Array) -> jax.Array:
-        """`rows [M, d]` sorted by expert, `sizes` int32 `[E]`, `owner` int32 `[M]` -> `[M, d]`."""
+        """`rows [M, d]` sorted by expert, `sizes` int32 `[E]`, `owner` int32 `[M]` -> `[M, d]` in the rows' dtype,
+        without the last bias (`added`); partial sums where the width is split over `tensor`."""
 
-        def project(x, weight, bias):
+        def project(x, weight):
             matrices, layer = unstack(weight.get_value())
-            y = grouped_matmul(x, matrices, sizes, layer=layer).astype(jnp.float32)
+            return grouped_matmul(x, matrices, sizes, layer=layer)
+
+        def hidden(weight, bias):
+            y = project(rows, weight).astype(jnp.float32)
             return y if bias is None else y + jnp.take(bias[...], owner, axis=0).astype(jnp.float32)
 
-        up = project(rows, self.up, self.up_bias)
-        gate = None if self.gate is None else project(rows, self.gate, self.gate_bias)
-        return project(self.activation(up, gate).astype(rows.dtype), self.down, self.down_bias)
+        up = hidden(self.up, self.up_bias)
+        gate = None if self.gate is None else hidden(self.gate, self.gate_bias)
+        return project(self.activation(up, gate).astype(rows.dtype), self.down)
+
+    @property
+    def added(self) -> jax.Array | None:
+        """`[E, d]`, what is to be added to each expert's output; not zero on one chip of `tensor` alone."""
+        if self.down_bias is None:
+            return None
+        bias = self.down_bias[...]
+        return bias if collectives.size("tensor") == 1 else jnp.where(collectives.index("tensor") == 0, bias, 0)
 
 
 class MoE(nnx.Module):
@@ -124,7 +140,10 @@ class MoE(nnx.Module):
         """`x [B, T, d]` -> `([B, T, d], balancing loss)`.
 
         The loss is E * sum_e f_e p_e, with f_e the fraction of choices that fell on expert e and p_e its mean
-        probability (Fedus et al. 2022, eq. 4): 1 when balanced.
+        probability (Fedus et al. 2022, eq. 4): 1 when balanced. With `cached` it is 0: nobody trains.
+
+        In a sharded program x are this chip's tokens: the same along `tensor`, others along `data` and `expert`,
+        and along `sequence` unless `cached`. The loss is that of all of them.
 
         Raises:
           UnsupportedError: expert choice among the whole batch, in cached generation.
@@ -137,10 +156,10 @@ class MoE(nnx.Module):
                     "expert-choice routing among the batch sees later tokens, so it cannot generate with a cache; "
                     'use ExpertChoice(among="step") or token-choice routing'
                 )
-            out, loss = self._expert_choice(x, scores, self.spec.router)
+            out, loss = self._expert_choice(x, scores, self.spec.router), jnp.zeros((), jnp.float32)
         else:
-            out, loss = self._token_choice(x, scores, logits, self.spec.router)
-        out = out.astype(x.dtype)
+            out, loss = self._token_choice(x, scores, None if cached else logits, self.spec.router)
+        out = collectives.psum(out, "tensor").astype(x.dtype)
         if self.shared is not None:
             shared, _ = self.shared(x)
             if self.shared_gate is not None:
@@ -158,32 +177,42 @@ class MoE(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights * router.scale
 
-        # Sort the (token, choice) pairs by expert, multiply group by group, add back.
-        owner = chosen.reshape(-1)
-        order = jnp.argsort(owner, stable=True)
-        sizes = jnp.bincount(owner, length=experts).astype(jnp.int32)
-        rows = jnp.take(x.reshape(b * t, d), order // k, axis=0)
-        y = self.experts(rows, sizes, jnp.take(owner, order))
-        y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(b, t, k, d)
-        out = jnp.einsum("btkd,btk->btd", y, weights.astype(y.dtype), precision="highest")
-
-        share = sizes.astype(jnp.float32) / (b * t * k)
+        rows, chosen = x.reshape(b * t, d), chosen.reshape(b * t, k)
+        out = spread(rows, chosen, weights.reshape(b * t, k), experts, self._served)
+        if logits is None:
+            return out.reshape(b, t, d), jnp.zeros((), jnp.float32)
+        own = collectives.size("expert", "data", "sequence")
+        share = jnp.mean(chosen.reshape(-1)[:, None] == jnp.arange(experts), axis=0, dtype=jnp.float32)
         mean = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=(0, 1))
-        return out, experts * jnp.sum(share * mean)
+        share, mean = collectives.psum((share / own, mean / own), "data", "sequence", "expert")
+        return out.reshape(b, t, d), experts * jnp.sum(share * mean)
 
-    def _expert_choice(self, x, scores, router) -> tuple[jax.Array, jax.Array]:
+    def _served(self, rows, local, weights, **options) -> jax.Array:
+        held = self.spec.experts // collectives.size("expert")
+        return by_rows(rows, local, weights, self.experts, experts=held, bias=self.experts.added, **options)
+
+    def _expert_choice(self, x, scores, router) -> jax.Array:
+        """A chip's experts choose among the tokens of all chips, and serve those of its own `expert` group."""
         b, t, d = x.shape
-        experts = self.spec.experts
-        groups = x.reshape(1, b * t, d) if router.among == "batch" else x.swapaxes(0, 1)
-        by_group = scores.reshape(1, b * t, -1) if router.among == "batch" else scores.swapaxes(0, 1)
-        g, n, _ = groups.shape
-        capacity = max(1, min(n, math.ceil(n * router.capacity_factor / experts)))
-        weights, taken = jax.lax.top_k(by_group.swapaxes(1, 2), capacity)  # [g, E, capacity]
-        token = (taken + jnp.arange(g)[:, None, None] * n).swapaxes(0, 1).reshape(-1)
-        sizes = jnp.full((experts,), g * capacity, jnp.int32)
-        owner = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), g * capacity)
-        y = self.experts(jnp.take(groups.reshape(g * n, d), token, axis=0), sizes, owner)
-        y = y * weights.swapaxes(0, 1).reshape(-1, 1)
-        out = jnp.zeros((g * n, d), jnp.float32).at[token].add(y)
-        out = out.reshape(b, t, d) if router.among == "batch" else out.reshape(t, b, d).swapaxes(0, 1)
-        return out, jnp.zeros((), jnp.float32)
+        held = self.spec.experts // collectives.size("expert")
+        whole = router.among == "batch"
+        scores = all_gather(all_to_all(scores, "expert", split=2, concat=0), "data", 0)
+        if whole:
+            scores = zigzag.whole(scores)
+        rows, columns, _ = scores.shape
+        groups = scores.reshape(1, rows * columns, held) if whole else scores.swapaxes(0, 1)
+        n = groups.shape[1]
+        capacity = max(1, min(n, math.ceil(n * router.capacity_factor / self.spec.experts)))
+        weights, taken = jax.lax.top_k(groups.swapaxes(1, 2), capacity)  # [groups, held, capacity]
+        row, column = (taken // columns, taken % columns) if whole else (taken, jnp.arange(columns)[:, None, None])
+        chip = collectives.index("sequence")
+        if columns > t:
+            chip, column = zigzag.place(column, t, columns // t)
+        near = b * collectives.size("expert")
+        row = row - collectives.index("data") * near
+        mine = (row >= 0) & (row < near) & (chip == collectives.index("sequence"))
+        owner = jnp.where(mine, jnp.arange(held, dtype=jnp.int32)[:, None], held)
+        everyone = all_gather(x.reshape(b * t, d), "expert", 0)
+        flat = ((row * t + column).reshape(-1), owner.reshape(-1), weights.reshape(-1))
+        out = by_pairs(everyone, *flat, self.experts, experts=held, bias=self.experts.added)
+        return reduce_scatter(out, "expert", 0).reshape(b, t, d)
