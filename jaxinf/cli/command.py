@@ -25,6 +25,7 @@ VERBS = {
     "info": "describe a model without loading its weights",
     "convert": "rewrite a checkpoint in this project's form",
     "bench": "measure prefill, decoding and memory on this device",
+    "plan": "say whether a model fits a slice of TPUs, on which mesh, and how fast",
     "tune": "search a kernel's block sizes through the TPU compiler",
 }
 """Each verb is a module of this package with `configure(parser)` and `run(args) -> exit code`."""
@@ -36,7 +37,7 @@ examples:
   jaxinf bench stdlib --batch 1,8
 
 exit codes: 0 done, 1 the run failed (disk, memory, device), 2 bad arguments or a bad checkpoint,
-130 interrupted, 141 the reader of the output went away
+3 what was planned does not fit, 130 interrupted, 141 the reader of the output went away
 """
 
 

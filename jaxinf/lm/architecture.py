@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxinf.checkpoint.folders import CONFIG
 from jaxinf.checkpoint.loading import read_config, read_spec, stored_dtype
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
-from jaxinf.lm.locate import EMBEDDED, embedded
+from jaxinf.lm.locate import EMBEDDED, embedded, fetch_config, is_hub_id
 from jaxinf.models import ModelSpec, presets
 from pallas_kernels.errors import InputError
 
@@ -29,10 +29,13 @@ class Architecture:
     folder: Path | None
 
 
-def architecture(name: str | Path) -> Architecture:
+def architecture(name: str | Path, *, fetch: bool = False) -> Architecture:
     """The architecture of an embedded model, a checkpoint folder, a `config.json`, or a preset.
 
-    Weights need not be there; their headers are read where the config names no dtype. Nothing is fetched.
+    Weights need not be there; their headers are read where the config names no dtype.
+
+    Args:
+      fetch: whether owner/name may be looked up on the Hugging Face Hub, of which the config alone is fetched.
 
     Raises:
       InputError: an unknown name; the message says which exist.
@@ -48,6 +51,9 @@ def architecture(name: str | Path) -> Architecture:
         return Architecture(read_spec(path.parent), _dtype(path.parent, weights=False), None)
     if text in presets.names():
         return Architecture(presets.preset(text), PRESET_DTYPE, None)
+    if fetch and not isinstance(name, Path) and is_hub_id(text):
+        folder = fetch_config(text)
+        return Architecture(read_spec(folder), _dtype(folder, weights=False), None)
     raise InputError(
         f"there is no model {text!r}: embedded models are {', '.join(embedded()) or 'none'}; presets are "
         f"{', '.join(presets.names())}; else give a folder or the path of a {CONFIG}"

@@ -36,7 +36,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         return path
     if text and path.exists():
         raise InputError(f"{text} is a file; give the folder that holds config.json and the weights")
-    if isinstance(name, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
+    if isinstance(name, Path) or not is_hub_id(text):
         known = ", ".join(embedded()) or "none"
         raise InputError(
             f"there is no model {text!r}: embedded models are {known}; else give a folder, or owner/name on the Hub"
@@ -44,7 +44,21 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     return _from_hub(text, revision)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def is_hub_id(text: str) -> bool:
+    """Whether this is of the form owner/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) is not None
+
+
+def fetch_config(name: str, revision: str | None = None) -> Path:
+    """The folder with the config.json of a model on the Hub, of which nothing else is fetched.
+
+    Raises:
+      CheckpointError: the Hub does not have it or cannot be reached.
+    """
+    return _from_hub(name, revision, ["config.json"])
+
+
+def _from_hub(name: str, revision: str | None, patterns: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -56,7 +70,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     )
 
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_NEEDED)
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED)
     except GatedRepoError:
         raise CheckpointError(
             f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`"

@@ -1,0 +1,170 @@
+"""Bytes and products of a model's part on one device of a mesh, from its spec alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax.numpy as jnp
+
+from jaxinf.aot.plan.types import Case, Sizes
+from jaxinf.checkpoint.parameters import abstract
+from jaxinf.layers import AttentionSpec, LayerSpec, MoESpec, TokenChoice
+from jaxinf.models import CausalLM, ModelSpec
+from jaxinf.models.placing import placements
+from pallas_kernels import chips
+from sharding.placement import Dim, Placed
+
+SCALE = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter's part on a device, its layers together.
+
+    Attributes:
+      kind: "embedding", "head", "experts", "linear" (a matrix that every token is multiplied with) or "small".
+      numbers: that the device holds. bytes: as stored.
+      share: of an expert layer's tokens, how many a matrix serves: chosen experts over all; else 1.
+    """
+
+    kind: str
+    numbers: int
+    bytes: int
+    share: float = 1.0
+    choices: int = 0
+
+
+@lru_cache(maxsize=8)
+def _model(spec: ModelSpec, dtype: str) -> CausalLM:
+    """The abstract model with each period of layers once: what is described, not how deep it is."""
+    once = dataclasses.replace(spec, segments=tuple(dataclasses.replace(s, repeats=1) for s in spec.segments))
+    return abstract(once, jnp.dtype(dtype), "stacked")
+
+
+def placed(case: Case, sizes: Sizes) -> Iterator[tuple[Placed, tuple[int, ...]]]:
+    """Every parameter with the shape of its part on a device. Stacks have all their layers.
+
+    Raises:
+      InputError: the mesh does not divide the model.
+    """
+    model = _model(case.spec, case.dtype)
+    model.spec = case.spec
+    for each in placements(model, sizes):
+        dims = list(each.dims)
+        if each.path[0] == "segments":
+            dims[0] = Dim(case.spec.segments[int(each.path[1])].repeats)
+        shape = []
+        for dim, axes in zip(dims, (*each.partition, *[None] * len(dims)), strict=False):
+            names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+            shape.append(dim.placed // math.prod(sizes.get(name, 1) for name in names))
+        yield dataclasses.replace(each, dims=tuple(dims)), tuple(shape)
+
+
+def weights(case: Case, sizes: Sizes) -> tuple[Weight, ...]:
+    """The parameters' parts on one device."""
+    return tuple(_weight(case, each, shape) for each, shape in placed(case, sizes))
+
+
+def _weight(case: Case, each: Placed, shape: tuple[int, ...]) -> Weight:
+    path, numbers = each.path, math.prod(shape)
+    plain = numbers * each.dtype.itemsize
+    if path[0] == "embed" or path[0] == "positions":
+        return Weight("embedding", numbers, plain)
+    layers = path[0] == "segments"
+    matrix = len(shape) - layers >= 2 and path[-1] in ("kernel", "up", "gate", "down")
+    if not matrix:
+        return Weight("small", numbers, plain)
+    if "router" in path or "shared_gate" in path:
+        return Weight("linear", numbers, plain)
+    stored = numbers + SCALE * numbers // shape[-2] if case.quantize == "int8" else plain
+    if "experts" in path:
+        ffn = case.spec.segments[int(path[1])].period[int(path[3])].ffn
+        assert isinstance(ffn, MoESpec)
+        k = chosen(ffn)
+        return Weight("experts", numbers, stored, min(1.0, k / ffn.experts), ffn.experts)
+    return Weight("head" if path[0] == "head" else "linear", numbers, stored)
+
+
+def chosen(ffn: MoESpec) -> float:
+    """Experts that a token goes to."""
+    return ffn.router.top_k if isinstance(ffn.router, TokenChoice) else ffn.router.capacity_factor
+
+
+def touched(share: float, tokens: float) -> float:
+    """Of all experts, the share that some token chooses, choices being independent and equally likely."""
+    return 1.0 - (1.0 - share) ** tokens
+
+
+def rows(case: Case, sizes: Sizes) -> int:
+    """Rows of the batch on a device."""
+    return math.ceil(case.batch / (sizes.get("data", 1) * sizes.get("expert", 1)))
+
+
+def group(case: Case, sizes: Sizes) -> float:
+    """Rows whose tokens meet at an expert."""
+    return max(1.0, case.batch / sizes.get("data", 1))
+
+
+def heads(attention: AttentionSpec, sizes: Sizes) -> tuple[int, int]:
+    """Query heads and key heads of a layer on a device."""
+    ways = sizes.get("tensor", 1)
+    return attention.heads // ways, max(1, attention.kv_heads // ways)
+
+
+def slots(attention: AttentionSpec, context: int, sizes: Sizes) -> int:
+    """Tokens that a layer's cache has room for on a device: whole tiles of them."""
+    tile = chips.LANES
+    full = context + -context % tile
+    if attention.window is not None and attention.window < full:
+        return attention.window + -attention.window % tile
+    each = math.ceil(full / sizes.get("sequence", 1))
+    return each + -each % tile if sizes.get("sequence", 1) > 1 else full
+
+
+def seen(attention: AttentionSpec, context: float, sizes: Sizes) -> float:
+    """Tokens that a query reads on a device, with so many before it."""
+    if attention.window is not None and attention.window < context:
+        return attention.window
+    return context / sizes.get("sequence", 1)
+
+
+def entry(case: Case, attention: AttentionSpec, sizes: Sizes) -> float:
+    """Bytes of a token's key and value in one layer on a device."""
+    _, kv = heads(attention, sizes)
+    dtype = case.cache_dtype or case.dtype
+    item = 1 if dtype == "int8" else jnp.dtype(dtype).itemsize
+    scales = SCALE if dtype == "int8" else 0
+    return 2.0 * kv * (attention.head_dim * item + scales)
+
+
+def stage(spec: ModelSpec, sizes: Sizes) -> Iterator[tuple[LayerSpec, float]]:
+    """The kinds of layers and how many of each a stage of the pipeline holds, on average."""
+    ways = sizes.get("pipeline", 1)
+    for segment in spec.segments:
+        for layer in segment.period:
+            yield layer, segment.repeats / ways
+
+
+def cache_bytes(case: Case, sizes: Sizes) -> int:
+    """The cache's part on a device."""
+    total = 0.0
+    for layer, count in stage(case.spec, sizes):
+        total += count * slots(layer.attention, case.context, sizes) * entry(case, layer.attention, sizes)
+    return math.ceil(total) * rows(case, sizes)
+
+
+def activation_bytes(case: Case, sizes: Sizes, tokens: int) -> int:
+    """An estimate of what a pass over so many tokens a device needs besides weights and cache."""
+    item = jnp.dtype(case.dtype).itemsize
+    widest = 0
+    for layer, _ in stage(case.spec, sizes):
+        q, kv = heads(layer.attention, sizes)
+        ffn = layer.ffn
+        width = ffn.width // sizes.get("tensor", 1) * (chosen(ffn) if isinstance(ffn, MoESpec) else 1)
+        widest = max(widest, (q + 2 * kv) * layer.attention.head_dim, math.ceil(3 * width))
+    vocab = math.ceil(case.spec.vocab / sizes.get("tensor", 1))
+    return tokens * item * (3 * case.spec.d_model + widest) + 2 * SCALE * rows(case, sizes) * vocab

@@ -1,0 +1,96 @@
+"""What chips must tell each other, by the textbook formula of each kind of parallelism.
+
+Per layer and pass over x = [rows, tokens, d_model] on a chip:
+
+  tensor    two all-reduces of x: after attention and after the feed-forward (Megatron, arXiv:1909.08053); one more of
+            x after the embedding, whose vocabulary is split
+  expert    two all-to-alls of x times the experts chosen for a token: dispatch and combine (GShard, arXiv:2006.16668)
+  sequence  decoding: an all-reduce of attention's output and its two sums, in float32 (Flash-Decoding); prefill:
+            keys and values go once around the ring (Ring Attention, arXiv:2310.01889)
+  pipeline  x to the next stage at each tick; what the last stage says, to all
+  data      nothing
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+
+from jaxinf.aot.plan import wires
+from jaxinf.aot.plan.sizes import chosen, entry, heads, rows, stage
+from jaxinf.aot.plan.types import Case, Sizes, Use
+from jaxinf.aot.slices import Slice
+from jaxinf.layers import MoESpec
+
+_FLOAT32 = 4
+
+
+def uses(case: Case, where: Slice, sizes: Sizes, tokens: float, *, ring: bool) -> tuple[Use, ...]:
+    """The collectives of one pass over `tokens` tokens of each row.
+
+    Args:
+      ring: whether the pass's own tokens are split over `sequence` (a fresh prefill), not the cache alone.
+    """
+    b, pipeline, sequence = rows(case, sizes), sizes.get("pipeline", 1), sizes.get("sequence", 1)
+    local = tokens / sequence if ring else tokens
+    x = math.ceil(b * local * case.spec.d_model * jnp.dtype(case.dtype).itemsize)
+    counted: dict[tuple[str, str, int], float] = defaultdict(float)
+
+    def add(axis: str, kind: str, size: float, times: float) -> None:
+        if sizes.get(axis, 1) > 1 and times:
+            counted[axis, kind, math.ceil(size)] += times
+
+    for layer, count in stage(case.spec, sizes):
+        layers = count * ticks(case, sizes)[0]
+        micro = micro_batches(case, sizes)
+        add("tensor", "all-reduce", x / micro, 2 * layers)
+        if isinstance(layer.ffn, MoESpec):
+            add("expert", "all-to-all", x * chosen(layer.ffn) / micro, 2 * layers)
+        attention = layer.attention
+        if attention.window is None or ring:
+            if ring:
+                chunk = b * local * entry(case, attention, sizes)
+                add("sequence", "collective-permute", chunk / micro, (sequence - 1) * layers)
+            else:
+                q, _ = heads(attention, sizes)
+                out = b * tokens * q * (attention.head_dim + 2) * _FLOAT32
+                add("sequence", "all-reduce", out / micro, layers)
+    add("tensor", "all-reduce", x, 1)
+    steps, micro = ticks(case, sizes)[1], micro_batches(case, sizes)
+    add("pipeline", "collective-permute", x / micro, steps)
+    add("pipeline", "all-reduce", x, 1)
+    return tuple(_use(where, sizes, *key, times) for key, times in counted.items())
+
+
+def micro_batches(case: Case, sizes: Sizes) -> int:
+    """Parts of the batch that are in the pipeline's stages at once."""
+    return min(sizes.get("pipeline", 1), rows(case, sizes))
+
+
+def ticks(case: Case, sizes: Sizes) -> tuple[int, int]:
+    """`(how often a stage works in a pass, how often it works or waits)`."""
+    micro = micro_batches(case, sizes)
+    return micro, micro + sizes.get("pipeline", 1) - 1
+
+
+def _use(where: Slice, sizes: Sizes, axis: str, kind: str, size: int, times: float) -> Use:
+    chips = sizes[axis]
+    each = wires.seconds(kind, size, wires.ways(where, sizes)[axis])
+    return Use(axis, kind, size, chips, round(times), times * sent(kind, size, chips), times * each)
+
+
+def sent(kind: str, size: float, chips: int) -> float:
+    """Bytes that a chip sends, by the ring algorithm."""
+    others = (chips - 1) / chips
+    return size * {"all-reduce": 2 * others, "collective-permute": 1.0}.get(kind, others)
+
+
+def repeated(found: Iterable[Use], times: float) -> tuple[Use, ...]:
+    """The same, so many times."""
+    return tuple(
+        Use(u.axis, u.kind, u.bytes, u.chips, round(u.times * times), u.sent * times, u.seconds * times)
+        for u in found
+    )
