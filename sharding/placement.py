@@ -124,7 +124,8 @@ class Placed:
         """The array on the mesh; `read` is asked once for each part that this process's devices hold."""
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-        def part(index: Index) -> np.ndarray:
+        def part(index: Index | None) -> np.ndarray:
+            assert index is not None
             key = tuple(s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True))
             if key not in parts:
                 parts[key] = self.take(read, index)
@@ -142,10 +143,14 @@ class Placed:
         host = np.asarray(value)
         return self.put(lambda index: host[index], mesh)
 
-    def fetch(self, value: jax.Array) -> np.ndarray:
-        """The model's own array, on the host, from the placed one. All of its parts must be on this process."""
-        host = np.asarray(value)
-        for axis, dim in enumerate(self.dims):
+    def fetch(self, value: jax.Array, entry: int | None = None) -> np.ndarray:
+        """The model's own array, on the host, from the placed one, of which this process must have all parts.
+
+        entry: of the first dimension, which alone is wanted.
+        """
+        dims = self.dims if entry is None else self.dims[1:]
+        host = np.asarray(value if entry is None else value[entry])
+        for axis, dim in enumerate(dims):
             if dim.placed != dim.size:
                 host = host[(slice(None),) * axis + (dim.own(),)]
         return host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from jaxinf.checkpoint.config import Config
 from jaxinf.checkpoint.families import FAMILIES
 from jaxinf.checkpoint.folders import CONFIG, GENERATION, read_json
 from jaxinf.checkpoint.names import Bound
-from jaxinf.checkpoint.orbax import open_orbax
+from jaxinf.checkpoint.orbax import OrbaxTensors, open_orbax
 from jaxinf.checkpoint.parameters import abstract, fill
 from jaxinf.checkpoint.progress import shown
-from jaxinf.checkpoint.streaming import Progress
+from jaxinf.checkpoint.restoring import restore_all
+from jaxinf.checkpoint.streaming import Progress, place_all
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
@@ -85,7 +87,14 @@ def load(
     model = abstract(spec, dtype, layout)
     with shown(progress, f"loading {folder.name}") as progress:
         model = fill(
-            model, tensors, names.source, ignorable=names.ignorable, at=str(folder), mesh=mesh, progress=progress
+            model,
+            tensors,
+            names.source,
+            ignorable=names.ignorable,
+            at=str(folder),
+            mesh=mesh,
+            place=functools.partial(restore_all, tensors) if isinstance(tensors, OrbaxTensors) else place_all,
+            progress=progress,
         )
     return Loaded(model, config, generation, folder)
 

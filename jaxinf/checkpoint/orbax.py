@@ -7,16 +7,17 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxinf.checkpoint.folders import written_beside
 from jaxinf.checkpoint.own import config_of, describe
-from jaxinf.checkpoint.parameters import slots
+from jaxinf.checkpoint.parameters import pending
 from jaxinf.checkpoint.tensors import TensorInfo, Tensors
 from jaxinf.models import CausalLM
 from pallas_kernels.errors import CheckpointError
@@ -35,18 +36,14 @@ def save_orbax(
 ) -> Path:
     """As `save`, with the weights in `weights/` as orbax writes them: one entry a parameter, by name."""
     folder = Path(folder)
-    values = {}
-    for slot in slots(model):
-        # Views on the host where the whole array is here, so that stacked layers are not copied out.
-        value = np.asarray(slot.value) if slot.stacked and slot.value.is_fully_addressable else slot.value
-        values.update({n: value[i] if slot.stacked else value for i, n in enumerate(slot.names)})
+    values = {parameter.name: parameter.value() for parameter in pending(model)}
     with written_beside(folder, overwrite=overwrite) as scratch:
         describe(scratch, config_of(model.spec, model.dtype, weights="orbax"), tokenizer_files, generation)
         write_orbax(scratch, values)
     return folder
 
 
-def write_orbax(folder: Path, values: dict[str, jax.Array | np.ndarray]) -> None:
+def write_orbax(folder: Path, values: dict[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
     try:
@@ -95,14 +92,28 @@ class OrbaxTensors(Tensors):
     def read(self, name: str) -> np.ndarray:
         import orbax.checkpoint as ocp
 
-        item = {name: jax.ShapeDtypeStruct(self[name].shape, self[name].dtype)}
-        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        return self._restore({name: ocp.RestoreArgs(restore_type=np.ndarray)})[name]
+
+    def restore(self, wanted: Mapping[str, tuple[np.dtype, Sharding]]) -> dict[str, jax.Array]:
+        """Several tensors, each in a dtype on the devices of a sharding; each process reads its own parts."""
+        import orbax.checkpoint as ocp
+
+        args = {n: ocp.ArrayRestoreArgs(sharding=where, dtype=dtype) for n, (dtype, where) in wanted.items()}
+        return self._restore(args)
+
+    def _restore(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        import orbax.checkpoint as ocp
+
+        item = {name: jax.ShapeDtypeStruct(self[name].shape, self[name].dtype) for name in args}
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
-                restore = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
-                return checkpointer.restore(self._path, args=restore)[name]
+                restore = ocp.args.PyTreeRestore(item=item, restore_args=dict(args), partial_restore=True)
+                found = checkpointer.restore(self._path, args=restore)
+                return {name: found[name] for name in args}
         except Exception as e:
-            raise CheckpointError(f"orbax cannot read {name} of {self._path}: {_first_line(e)}") from e
+            first, more = next(iter(args)), len(args) - 1
+            some = f"{first} and {more} more" if more else first
+            raise CheckpointError(f"orbax cannot read {some} of {self._path}: {_first_line(e)}") from e
 
 
 def open_orbax(folder: Path) -> OrbaxTensors:

@@ -18,9 +18,9 @@ from jaxinf.checkpoint.streaming import Progress, Wanted, place_all
 from jaxinf.checkpoint.tensors import Pending, Tensors
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
-from jaxinf.models.placing import placements
+from jaxinf.models.placing import mesh_of, placements
 from pallas_kernels.errors import CheckpointError, UnsupportedError
-from sharding import place
+from sharding import place as place_on_device
 from sharding.placement import Index, Read
 
 _CHUNK = 1 << 20
@@ -73,16 +73,28 @@ def _slot(model: CausalLM, path: tuple[Any, ...], value: Any) -> Slot:
 
 
 def pending(model: CausalLM) -> Iterator[Pending]:
-    """The parameters of a model, ready to be written."""
-    for slot in slots(model):
-        shape = tuple(slot.value.shape)
+    """The parameters of a model, ready to be written: as the model knows them, wherever they lie.
+
+    Raises:
+      UnsupportedError: parts of them are with other processes.
+    """
+    mesh = mesh_of(model)
+    for slot, placed in zip(slots(model), placements(model, {} if mesh is None else mesh.shape), strict=True):
+        if mesh is not None and not slot.value.is_fully_addressable:
+            raise UnsupportedError(
+                "this process has only a part of the model, so it cannot write it; the checkpoint that it was "
+                "loaded from holds all of it"
+            )
+        shape = placed.own_shape
         for i, name in enumerate(slot.names):
 
-            def value(slot=slot, i=i) -> np.ndarray:
-                whole = np.asarray(slot.value)
-                return whole[i] if slot.stacked else whole
+            def value(slot=slot, placed=placed, i=i) -> np.ndarray:
+                if mesh is None:
+                    whole = np.asarray(slot.value)
+                    return whole[i] if slot.stacked else whole
+                return placed.fetch(slot.value, i if slot.stacked else None)
 
-            yield Pending(name, np.dtype(slot.value.dtype), shape[1:] if slot.stacked else shape, value)
+            yield Pending(name, placed.dtype, shape[1:] if slot.stacked else shape, value)
 
 
 def same(x: np.ndarray) -> np.ndarray:
@@ -110,12 +122,14 @@ def fill(
     ignorable: Callable[[str], bool] = lambda name: False,
     at: str,
     mesh: Mesh | None = None,
+    place: Callable[..., Iterator[jax.Array]] = place_all,
     progress: Progress | None = None,
 ) -> CausalLM:
     """The abstract `model` with values from `tensors`, one leaf at a time. See `planned`.
 
     Args:
       mesh: spread the model over it; this process reads what its devices hold.
+      place: how arrays are placed on the mesh, as `place_all` does.
       progress: called with (bytes on the devices, bytes in all), both of this process.
     """
     plan = planned(model, tensors, source, ignorable=ignorable, at=at)
@@ -125,8 +139,8 @@ def fill(
         values = _on_one_device(plan, progress)
     else:
         placed = placements(model, mesh.shape)
-        wanted = [Wanted(p, read, leaf.stacked) for p, (leaf, read) in zip(placed, plan, strict=True)]
-        values = place_all(wanted, mesh, progress)
+        wanted = [Wanted(p, read, leaf.names, leaf.stacked) for p, (leaf, read) in zip(placed, plan, strict=True)]
+        values = place(wanted, mesh, progress)
     for (leaf, _), value in zip(plan, values, strict=True):
         flat[leaf.path] = flat[leaf.path].replace(value)
     return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -135,7 +149,7 @@ def fill(
 def _on_one_device(plan: Sequence[Planned], progress: Progress | None) -> Iterator[jax.Array]:
     total, done = sum(math.prod(leaf.value.shape) * leaf.value.dtype.itemsize for leaf, _ in plan), 0
     for leaf, read in plan:
-        value = jax.block_until_ready(place(read(everything(leaf.value.shape))))
+        value = jax.block_until_ready(place_on_device(read(everything(leaf.value.shape))))
         done += value.nbytes
         if progress is not None:
             progress(done, total)
@@ -183,6 +197,7 @@ def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors, index: Ind
     if not leaf.stacked and not sources[names[0]].several:
         first = sources[names[0]]
         view = first.view(tensors.read(first.names[0]))[inner]
+        tensors.expect(first.names[0], view)
         if view.dtype == dtype and view.flags.c_contiguous:
             _check_finite(view, first.names[0])
             return view
@@ -191,7 +206,9 @@ def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors, index: Ind
         target, source = (out[i] if leaf.stacked else out), sources[name]
         stored, part = (source.names[inner[0]], inner[1:]) if source.several else (source.names, inner)
         for j, one in enumerate(stored):
-            _copy(target[j] if source.several else target, source.view(tensors.read(one))[part], one)
+            values = source.view(tensors.read(one))[part]
+            tensors.expect(one, values)
+            _copy(target[j] if source.several else target, values, one)
     return out
 
 

@@ -1,9 +1,8 @@
-"""Parameters from files to the devices of a mesh, part by part: no array is whole on the host."""
+"""Parameters from files to the devices of a mesh, part by part: no large array is whole on the host."""
 
 from __future__ import annotations
 
 import collections
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
-from sharding.layouts import row_major
+from jaxinf.checkpoint.stacks import Stacks, on_device
 from sharding.placement import Index, Placed, Read
 
 Progress = Callable[[int, int], None]
@@ -28,24 +26,24 @@ _WHOLE = 32 << 20
 
 @dataclass(frozen=True)
 class Wanted:
-    """An array to be placed, and what reads the model's own values of it."""
+    """An array to be placed.
+
+    read: reads the model's own values of it. names: of its parameter, or where it is `stacked` of each layer's.
+    """
 
     placed: Placed
     read: Read
+    names: tuple[str, ...]
     stacked: bool
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is read at once: `index` of the placed array, for `devices`.
-
-    layer: `(i, n)` where it is the i-th of the n layers of their part, None where it is all of it.
-    """
+    """What is read at once: `index` of the placed array, for `devices`."""
 
     wanted: Wanted
     index: Index
     devices: tuple[Any, ...]
-    layer: tuple[int, int] | None
 
     @property
     def nbytes(self) -> int:
@@ -58,56 +56,77 @@ class _Piece:
 def place_all(wanted: Sequence[Wanted], mesh: Mesh, progress: Progress | None = None) -> Iterator[jax.Array]:
     """The arrays on the mesh, in order. Each process reads what its own devices hold, and that once.
 
-    The host holds a few pieces at a time, as many bytes as the largest of them; on accelerators a part of a large
-    stack of layers is put together on its device.
+    The host holds a few pieces at a time, as many bytes as the largest of them; on accelerators large stacks of
+    layers are put together on their devices, of which the host has one layer.
 
     Args:
       progress: called after each piece with the bytes that this process has placed and those that it will.
     """
-    pieces = [_pieces(one, mesh) for one in wanted]
-    total, done = sum(p.nbytes for some in pieces for p in some), 0
-    hosts = _prefetched([p for some in pieces for p in some])
-    for one, some in zip(wanted, pieces, strict=True):
+    rounds = [_rounds(one, mesh) for one in wanted]
+    pieces = [piece for some in rounds for together in some for piece in together]
+    total, done = sum(piece.nbytes for piece in pieces), 0
+    hosts = _prefetched(pieces)
+    for one, some in zip(wanted, rounds, strict=True):
+        devices = list(parts_of(one.placed, mesh))
+        stacks = Stacks(devices, len(some)) if len(some) > 1 else None
         parts: dict[Any, jax.Array] = {}
-        for piece in some:
-            host = next(hosts)
-            for device in piece.devices:
-                parts[device] = _put(piece, host, device, parts.get(device))
-            jax.block_until_ready([parts[device] for device in piece.devices])
-            del host
-            done += piece.nbytes
-            if progress is not None:
-                progress(done, total)
-        placed = one.placed
-        here = [parts[d] for d in placed.sharding(mesh).addressable_devices_indices_map(placed.shape)]
-        yield jax.make_array_from_single_device_arrays(placed.shape, placed.sharding(mesh), here)
+        for i, together in enumerate(some):
+            for piece in together:
+                host = next(hosts)
+                parts.update({device: on_device(host, device) for device in piece.devices})
+                jax.block_until_ready([parts[device] for device in piece.devices])
+                del host
+                done += piece.nbytes
+                if progress is not None:
+                    progress(done, total)
+            if stacks is not None:
+                stacks.write(i, [parts[device] for device in devices])
+        if stacks is not None:
+            parts = stacks.parts()
+        yield assembled(one.placed, mesh, parts)
 
 
-def _pieces(wanted: Wanted, mesh: Mesh) -> list[_Piece]:
-    placed = wanted.placed
-    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+def parts_of(placed: Placed, mesh: Mesh) -> dict[Any, tuple[tuple[int, int], ...]]:
+    """The part of a placed array that each device of this process holds: `(start, stop)` of each dimension."""
+    found = {}
     for device, index in placed.sharding(mesh).addressable_devices_indices_map(placed.shape).items():
         assert index is not None
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, placed.shape, strict=True))
-        devices.setdefault(bounds, []).append(device)
-    pieces = []
-    for bounds, some in devices.items():
-        index = tuple(slice(*at) for at in bounds)
-        whole = _Piece(wanted, index, tuple(some), None)
-        if not wanted.stacked or not _by_layer(whole.nbytes, some[0].platform):
-            pieces.append(whole)
-            continue
-        first, *rest = index
-        layers = first.stop - first.start
-        for i in range(layers):
-            at = slice(first.start + i, first.start + i + 1)
-            pieces.append(_Piece(wanted, (at, *rest), tuple(some), (i, layers)))
-    return pieces
+        found[device] = tuple(s.indices(n)[:2] for s, n in zip(index, placed.shape, strict=True))
+    return found
 
 
-def _by_layer(nbytes: int, platform: str) -> bool:
-    """Whether a stack of layers is put together on its device."""
-    return platform != "cpu" and nbytes > _WHOLE  # a CPU takes the host's memory over instead
+def total_bytes(placed: Placed, mesh: Mesh) -> int:
+    """Bytes of the array that this process's devices hold, what several of them hold counted once."""
+    parts = set(parts_of(placed, mesh).values())
+    return sum(math.prod(stop - start for start, stop in part) for part in parts) * placed.dtype.itemsize
+
+
+def assembled(placed: Placed, mesh: Mesh, parts: dict[Any, jax.Array]) -> jax.Array:
+    """The array on the mesh, of this process's parts."""
+    here = [parts[device] for device in parts_of(placed, mesh)]
+    return jax.make_array_from_single_device_arrays(placed.shape, placed.sharding(mesh), here)
+
+
+def _rounds(wanted: Wanted, mesh: Mesh) -> list[list[_Piece]]:
+    """The pieces of an array. With several rounds, each has one layer for every device."""
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, part in parts_of(wanted.placed, mesh).items():
+        devices.setdefault(part, []).append(device)
+    whole = [_Piece(wanted, tuple(slice(*at) for at in part), tuple(some)) for part, some in devices.items()]
+    layers = whole[0].index[0].stop - whole[0].index[0].start if wanted.stacked else 1
+    if layers == 1 or not _by_layer(sum(piece.nbytes for piece in whole), mesh):
+        return [whole]
+
+    def layer(piece: _Piece, i: int) -> _Piece:
+        first, *rest = piece.index
+        return _Piece(wanted, (slice(first.start + i, first.start + i + 1), *rest), piece.devices)
+
+    return [[layer(piece, i) for piece in whole] for i in range(layers)]
+
+
+def _by_layer(nbytes: int, mesh: Mesh) -> bool:
+    """Whether a stack of layers of so many bytes is put together on its devices."""
+    return mesh.devices.flat[0].platform != "cpu" and nbytes > _WHOLE  # a CPU takes the host's memory over instead
 
 
 def _prefetched(pieces: Sequence[_Piece]) -> Iterator[np.ndarray]:
@@ -130,34 +149,3 @@ def _prefetched(pieces: Sequence[_Piece]) -> Iterator[np.ndarray]:
         finally:
             for _, reading in under_way:
                 reading.cancel()
-
-
-def _put(piece: _Piece, host: np.ndarray, device: Any, part: jax.Array | None) -> jax.Array:
-    """The device's part after a piece."""
-    where = SingleDeviceSharding(device)
-    on_tpu = device.platform == "tpu"
-
-    def format(ndim: int) -> Any:
-        return row_major(ndim, where) if on_tpu else where
-
-    placed = jax.device_put(host, format(host.ndim))
-    if piece.layer is None:
-        return placed
-    at, layers = piece.layer
-    if part is None:
-        part = _empty((layers, *host.shape[1:]), placed.dtype, format(host.ndim))
-    return writer(format(host.ndim))(part, placed, np.int32(at))
-
-
-def _empty(shape: tuple[int, ...], dtype: Any, format: Any) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=format)()
-
-
-@functools.cache
-def writer(format: Any) -> Callable[..., jax.Array]:
-    """`(stack, entries, at)` to the stack with the entries from `at` on, in place; for arrays of that format."""
-
-    def write(stack: jax.Array, entries: jax.Array, at: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(stack, entries, at, axis=0)
-
-    return jax.jit(write, donate_argnums=0, out_shardings=format)

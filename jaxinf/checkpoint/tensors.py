@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.checkpoint.pages import MappedFile
 from pallas_kernels.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,22 +74,28 @@ class Tensors(Mapping[str, TensorInfo]):
     def read(self, name: str) -> np.ndarray:
         raise NotImplementedError
 
+    def expect(self, name: str, view: np.ndarray) -> None:
+        """Tells that of a tensor that was read this view is going to be touched, and perhaps no more."""
+
 
 class MappedTensors(Tensors):
     """Tensors of safetensors files, mapped: their bytes are paged in when touched."""
 
     def __init__(self, infos: Mapping[str, TensorInfo]):
         super().__init__(infos)
-        self._maps: dict[Path, np.memmap] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of its file."""
         info = self._infos[name]
-        if info.file not in self._maps:
-            self._maps[info.file] = np.memmap(info.file, dtype=np.uint8, mode="r")
-        # A plain view: a memmap subclass would follow every array made from it.
-        data = np.asarray(self._maps[info.file])[info.start : info.start + info.nbytes]
+        if info.file not in self._files:
+            self._files.setdefault(info.file, MappedFile(info.file))  # one for all threads that read
+        data = self._files[info.file].data[info.start : info.start + info.nbytes]
         return data.view(info.dtype).reshape(info.shape)
+
+    def expect(self, name: str, view: np.ndarray) -> None:
+        if view.nbytes < self._infos[name].nbytes:
+            self._files[self._infos[name].file].expect(view)
 
 
 def open_tensors(folder: Path) -> Tensors:

@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxinf.checkpoint import convert
+from jaxinf.checkpoint import convert, load, streaming
 
 D, WIDTH, VOCAB, DEPTH = 512, 2048, 1024, 4
 PARAMETERS = VOCAB * D + DEPTH * (4 * D * D + 3 * D * WIDTH + 2 * D) + D
@@ -91,11 +93,13 @@ def test_memory_stays_near_the_models_size(published: Path, tmp_path: Path) -> N
         (str(published), {"dtype": "float32", "layout": "stacked"}),
         (str(published), {}),
         (str(ours), {}),
+        (str(published), {"dtype": "float32", "mesh": "tensor=8"}),
+        (str(published), {"dtype": "float32", "mesh": "data=2,tensor=4", "layout": "stacked"}),
     ]
     command = [sys.executable, "-c", WATCH, str(small), json.dumps(loads)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    converted, stacked, transposed, mapped = json.loads(done.stdout)
+    converted, stacked, transposed, mapped, split, twice = json.loads(done.stdout)
     size = PARAMETERS * jnp.dtype("float32").itemsize
     slack = 6e6
     # The lower bounds only prove that the watch saw the load: pages that a version maps need not be anonymous.
@@ -104,3 +108,24 @@ def test_memory_stays_near_the_models_size(published: Path, tmp_path: Path) -> N
     assert 0.25 * size < transposed < 0.55 * size + slack
     # Our own files lie as the arrays do, so a CPU's arrays are the file's pages.
     assert mapped < 0.05 * size + slack
+    # A CPU's devices share the host's memory, and what several of them hold is there once: beside the model there
+    # is about the largest tensor, of [vocabulary or width, d].
+    largest = WIDTH * D * jnp.dtype("float32").itemsize
+    for grown in (split, twice):
+        assert 0.5 * size < grown < size + largest + slack
+
+
+def test_of_a_stack_the_host_has_a_layer_at_a_time(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on accelerators, whose memory is not the host's."""
+    options: Any = {"dtype": "float32", "layout": "stacked", "mesh": "tensor=8"}
+    peaks = []
+    for by_layer in (True, False):
+        monkeypatch.setattr(streaming, "_by_layer", lambda nbytes, mesh, by_layer=by_layer: by_layer)
+        load(published, **options)  # compiles
+        tracemalloc.start()
+        load(published, **options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    largest = WIDTH * D * jnp.dtype("float32").itemsize
+    assert peaks[0] < 2 * largest + 2e6
+    assert peaks[1] > DEPTH * largest, "whole stacks are seen where the host has them"
