@@ -15,6 +15,9 @@ from jaxinf.cache import Cache
 from jaxinf.generation.sampling import Context, Controls, Processor, row_keys, sample
 from jaxinf.generation.step import decode_step, prefill
 from jaxinf.models import CausalLM
+from sharding import split_axis, zigzag
+from sharding.collectives import pmax
+from sharding.rules import RULES
 
 PIECE = 512
 """Tokens of a long prompt that one pass takes."""
@@ -31,6 +34,7 @@ class State:
     finished: bool `[B]`; such a row writes nothing more, neither tokens nor keys.
     seeds: uint32 `[B]`; token t of a row draws with `fold_in(key(seed), t)`.
     seen: bool `[B, V]`, tokens of the prompt and the output; None unless the repetition penalty is used.
+    vocab: static, V; None: as many as the logits have. A mesh splits V, and may have padded it.
     """
 
     cache: Cache
@@ -40,6 +44,7 @@ class State:
     finished: jax.Array
     seeds: jax.Array
     seen: jax.Array | None = None
+    vocab: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +100,7 @@ def first(
     eos: jax.Array,
     controls: Controls,
     seen: jax.Array | None = None,
+    vocab: int | None = None,
     logprobs: int | None = None,
     processors: Sequence[Processor] = (),
 ) -> tuple[State, Written]:
@@ -106,11 +112,12 @@ def first(
       limits: int32 `[B]`, new tokens at most, at least 1.
       seeds: uint32 `[B]`. eos: int32 `[E]`, ids that end a row; entries of -1 are none.
       seen: bool `[B, V]`, tokens of the prompts; needed by the repetition penalty.
+      vocab: static; as in `State`.
       logprobs: static; as in `Written.empty`. processors: static.
     """
     batch = logits.shape[0]
     none = jnp.zeros((batch,), jnp.int32)
-    state = State(cache, last, none, limits, jnp.zeros((batch,), bool), seeds, seen)
+    state = State(cache, last, none, limits, jnp.zeros((batch,), bool), seeds, seen, vocab)
     return _emit(logits, state, Written.empty(state, 1, logprobs), jnp.int32(0), eos, controls, processors)
 
 
@@ -137,22 +144,26 @@ def decode(
         state = dataclasses.replace(state, finished=state.finished | halt)
 
     def more(carry):
-        state, _, column = carry
-        return (column < jnp.minimum(steps, width)) & ~jnp.all(state.finished)
+        _, _, column, going = carry
+        return (column < jnp.minimum(steps, width)) & going
+
+    def going(state):
+        # Chips with other rows too: a loop that is not the same on all of them would wait for ever.
+        return pmax(jnp.any(~state.finished).astype(jnp.int32), *RULES["batch"]) > 0
 
     def step(carry):
-        state, written, column = carry
+        state, written, column, _ = carry
         active = (~state.finished).astype(jnp.int32)
         # Tied to the step, or XLA widens all 16-bit weights once before the loop and reads them at float32's cost.
         fenced, column = jax.lax.optimization_barrier((weights, column))
         logits, cache = decode_step(nnx.merge(graph, fenced), state.tokens, state.cache, counts=active)
         state = dataclasses.replace(state, cache=cache)
         state, written = _emit(logits, state, written, column, eos, controls, processors)
-        return state, written, column + 1
+        return state, written, column + 1, going(state)
 
     graph, weights = nnx.split(model)
-    start = (state, Written.empty(state, width, logprobs), jnp.int32(0))
-    state, written, _ = jax.lax.while_loop(more, step, start)
+    start = (state, Written.empty(state, width, logprobs), jnp.int32(0), going(state))
+    state, written, *_ = jax.lax.while_loop(more, step, start)
     return state, written
 
 
@@ -180,19 +191,21 @@ def generate(
       max_new_tokens: static. limits: int32 `[B]`, 1 to max_new_tokens; None: that for all.
       seeds: uint32 `[B]`; None: 0. eos: int32 `[E]`; None: rows run to their limits.
       controls: None: greedy.
-      piece: static; longer prompts are taken in pieces of this many tokens, unless a rope needs them whole.
+      piece: static; longer prompts are taken in pieces of this many tokens, unless a rope needs them whole or the
+        program has a `sequence` axis, over which they are split.
 
     Returns:
       `(state, written)`; row b's new tokens are `written.tokens[b, :written.counts[b]]`.
     """
     batch, total = tokens.shape
-    piece = total if model.spec.reads_prompts_whole else piece
+    # A pass that begins its rows is split over `sequence`; later pieces are not.
+    piece = total if model.spec.reads_prompts_whole or zigzag.splits(total, True) else piece
     controls = Controls() if controls is None else controls
     limits = jnp.full((batch,), max_new_tokens, jnp.int32) if limits is None else limits
     seeds = jnp.zeros((batch,), jnp.uint32) if seeds is None else seeds
     eos = jnp.full((1,), -1, jnp.int32) if eos is None else eos
 
-    nothing = jnp.zeros((batch, model.spec.vocab), jnp.float32)
+    nothing = jnp.zeros((batch, model.own_vocab), jnp.float32)
     head = jnp.minimum(counts, piece)
     logits, cache = append_piece(model, tokens[:, :piece], head, cache, nothing, fresh=True)
     if total > piece:
@@ -204,18 +217,20 @@ def generate(
             left = jnp.clip(counts - i * piece, 0, piece)
             return append_piece(model, part, left, cache, logits, fresh=False)
 
-        pieces = (jnp.max(counts) + piece - 1) // piece
+        pieces = (pmax(jnp.max(counts), *RULES["batch"]) + piece - 1) // piece
         logits, cache = jax.lax.fori_loop(1, pieces, body, (logits, cache))
 
     seen = None
     if controls.penalty is not None:
         real = jnp.arange(total)[None] < counts[:, None]
-        places = jnp.where(real, tokens, model.spec.vocab)
-        seen = jnp.zeros((batch, model.spec.vocab), bool)
+        places = split_axis.own_entries(tokens, model.own_vocab)
+        places = jnp.where(real, places, model.own_vocab)
+        seen = jnp.zeros((batch, model.own_vocab), bool)
         seen = seen.at[jnp.arange(batch)[:, None], places].set(True, mode="drop")
     last = jnp.take_along_axis(tokens, counts[:, None] - 1, axis=1)[:, 0]
     options: Any = dict(eos=eos, controls=controls, logprobs=logprobs, processors=processors)
-    state, one = first(logits, cache, last=last, limits=limits, seeds=seeds, seen=seen, **options)
+    own: Any = dict(last=last, limits=limits, seeds=seeds, seen=seen, vocab=model.spec.vocab)
+    state, one = first(logits, cache, **own, **options)
     if max_new_tokens == 1:
         return state, one
     rest = max_new_tokens - 1
@@ -244,7 +259,7 @@ def _emit(
     processors: Sequence[Processor],
 ) -> tuple[State, Written]:
     """Draws a token for each unfinished row and writes it to `column`."""
-    context = Context(state.tokens, state.emitted, state.seen)
+    context = Context(state.tokens, state.emitted, state.seen, state.vocab)
     keys = row_keys(state.seeds, state.emitted)
     token = sample(logits, controls, keys, context=context, processors=processors)
     token = jnp.where(state.finished, state.tokens, token)
@@ -259,16 +274,17 @@ def _emit(
         written, tokens=put(written.tokens, token), counts=written.counts + active, finished=finished
     )
     if written.logprobs is not None:
-        scores = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0]
+        scores = split_axis.log_softmax(logits)
+        chosen = split_axis.take(scores, token)
         after = dataclasses.replace(after, logprobs=put(written.logprobs, chosen))
         if written.top_ids is not None:
-            values, ids = jax.lax.top_k(scores, written.top_ids.shape[-1])
+            values, ids = split_axis.top_k(scores, written.top_ids.shape[-1])
             after = dataclasses.replace(
                 after, top_ids=put(written.top_ids, ids), top_logprobs=put(written.top_logprobs, values)
             )
     seen = state.seen
     if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+        own = split_axis.own_entries(token, seen.shape[1])
+        seen = seen.at[jnp.arange(token.shape[0]), own].set(True, mode="drop")
     state = dataclasses.replace(state, tokens=token, emitted=emitted, finished=finished, seen=seen)
     return state, after

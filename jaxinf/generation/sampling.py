@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.errors import InputError
+from sharding import split_axis
+from sharding.collectives import part, size
 
 _NO_TOKEN = 2**31 - 1
 _COLDEST = 1e-30
@@ -128,11 +130,13 @@ class Context:
 
     tokens: int32 `[B]`, the token before the one to be chosen. emitted: int32 `[B]`, new tokens so far.
     seen: bool `[B, V]`, tokens of the prompt and the output; None unless the repetition penalty is used.
+    vocab: static, V; None: as many as the logits have. A mesh may have padded those.
     """
 
     tokens: jax.Array
     emitted: jax.Array
     seen: jax.Array | None = None
+    vocab: int | None = field(default=None, metadata=dict(static=True))
 
 
 Processor = Callable[[jax.Array, Context], jax.Array]
@@ -176,7 +180,10 @@ def sample(
     if controls.temperature is None:
         return greedy(adjust(logits, controls, context, processors))
     x = process(logits, controls, context=context, processors=processors)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, x.shape[1:], jnp.float32))(keys)
+    # An entry's noise depends on the key and its place alone, so each chip of a mesh has its part of one array.
+    entries = x.shape[1] * size(split_axis.AXIS)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (entries,), jnp.float32))(keys)
+    noise = part(noise, split_axis.AXIS, 1)
     # Without the barrier the noise is drawn once for the maximum and once more for its place.
     return greedy(jax.lax.optimization_barrier(x + noise))
 
@@ -193,20 +200,23 @@ def adjust(
         x = jnp.where(context.seen, jnp.where(x < 0, x * penalty, x / penalty), x)
     if controls.bias is not None:
         rows = jnp.arange(x.shape[0])[:, None]
-        x = x.at[rows, controls.bias_ids].add(controls.bias, mode="drop")
-    for processor in processors:
+        x = x.at[rows, split_axis.own_entries(controls.bias_ids, x.shape[1])].add(controls.bias, mode="drop")
+    if processors:
         if context is None:
             raise InputError("processors need a context")
-        x = processor(x, context)
+        here = x.shape[1]
+        x = split_axis.whole(x, context.vocab)
+        if context.seen is not None:
+            context = replace(context, seen=split_axis.whole(context.seen, context.vocab))
+        for processor in processors:
+            x = processor(x, context)
+        x = split_axis.own(x, here, fill=-jnp.inf)
     return x
 
 
 def greedy(x: jax.Array) -> jax.Array:
     """The first index of each row's maximum, int32 `[B]`."""
-    # Two plain reductions vectorise where XLA's argmax on a CPU does not: 0.2 ms against 0.8 at 150 k.
-    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    best = x == jnp.max(x, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(best, place, x.shape[-1] - 1), axis=-1)
+    return split_axis.argmax(x)
 
 
 def row_keys(seeds: jax.Array, emitted: jax.Array) -> jax.Array:
@@ -215,7 +225,7 @@ def row_keys(seeds: jax.Array, emitted: jax.Array) -> jax.Array:
 
 
 def _only(token: jax.Array, x: jax.Array) -> jax.Array:
-    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + split_axis.first_entry(x)
     return jnp.where(place == token[:, None], 0.0, -jnp.inf)
 
 
@@ -225,21 +235,21 @@ def _warp(x: jax.Array, controls: Controls, temperature: jax.Array) -> jax.Array
         bits = _ordered(x)
         k = controls.top_k
         low, high = jnp.full_like(k, -(2**31)), jnp.full_like(k, 2**31 - 1)
-        least = _largest(lambda t: jnp.sum(bits >= t[:, None], axis=-1) >= k, low, high)
+        least = _largest(lambda t: split_axis.total(bits >= t[:, None]) >= k, low, high)
         x = jnp.where(bits >= least[:, None], x, -jnp.inf)
     if controls.top_p is not None:
-        p = jax.nn.softmax(x, axis=-1)
+        p = split_axis.softmax(x)
         bits = jax.lax.bitcast_convert_type(p, jnp.int32)
         goal = controls.top_p
         zero = jnp.zeros(goal.shape, jnp.int32)
         least = _largest(
-            lambda t: jnp.sum(jnp.where(bits >= t[:, None], p, 0.0), axis=-1) >= goal,
+            lambda t: split_axis.total(jnp.where(bits >= t[:, None], p, 0.0)) >= goal,
             zero,
             jnp.full_like(zero, 0x3F800001),  # one past the bits of 1.0
         )
         x = jnp.where(bits >= least[:, None], x, -jnp.inf)
     if controls.min_p is not None:
-        floor = jnp.max(x, axis=-1) + jnp.log(controls.min_p)
+        floor = split_axis.maximum(x) + jnp.log(controls.min_p)
         x = jnp.where(x >= floor[:, None], x, -jnp.inf)
     return x
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxinf.cache import Cache
 from jaxinf.models import CausalLM
+from sharding import split_axis, zigzag
 
 
 def target_logprobs(
@@ -30,7 +31,9 @@ def target_logprobs(
     Returns:
       `(log-probabilities float32 [B, T], unspecified past the counts; the cache after)`.
     """
+    split = zigzag.splits(tokens.shape[1], cache is None or fresh)
     hidden, cache, _ = model.hidden(tokens, cache, counts=counts, fresh=fresh)
+    targets = zigzag.share(targets) if split else targets
     batch, total, _ = hidden.shape
     size = min(total, max(16, 256 // batch))
     pad = -total % size
@@ -41,8 +44,9 @@ def target_logprobs(
 
     def part(inputs):
         h, wanted = inputs
-        scores = jax.nn.log_softmax(model.logits(h), axis=-1)
-        return jnp.take_along_axis(scores, wanted[..., None], axis=-1)[..., 0]
+        logits = model.logits(h)
+        return split_axis.take(logits, wanted) - split_axis.log_sum_exp(logits)
 
     scores = jax.lax.map(part, (cut(hidden), cut(targets)))
-    return scores.swapaxes(0, 1).reshape(batch, -1)[:, :total], cache
+    scores = scores.swapaxes(0, 1).reshape(batch, -1)[:, :total]
+    return zigzag.whole(scores, total=tokens.shape[1]) if split else scores, cache

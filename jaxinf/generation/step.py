@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxinf.cache import Cache
 from jaxinf.models import CausalLM
+from sharding import zigzag
 
 
 def prefill(
@@ -27,6 +28,8 @@ def prefill(
     """
     hidden, after, _ = model.hidden(tokens, cache, counts=counts, fresh=fresh)
     assert after is not None
+    if zigzag.splits(tokens.shape[1], fresh):
+        return model.logits(zigzag.take_last(hidden, counts)), after
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     return model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), after
 

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinf.cache import AttentionRule, LayerCache, Step
+from jaxinf.cache.base import attend_alone
 from jaxinf.layers.linear import Linear
 from jaxinf.layers.norm import NormSpec, RMSNormSpec
 from jaxinf.layers.parameters import constant
 from jaxinf.layers.rope import RopeSpec, alibi_slopes
 from pallas_kernels import flash_attention
+from pallas_kernels.errors import UnsupportedError
+from sharding.collectives import part
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,9 @@ class Attention(nnx.Module):
         Without a cache the T tokens see each other alone, within equal `segment_ids` int32 `[B, T]`.
         """
         spec = self.spec
-        q = self._heads(self.query(x), spec.heads, self.query_norm)
-        k = self._heads(self.key(x), spec.kv_heads, self.key_norm)
-        v = self._heads(self.value(x), spec.kv_heads, None)
+        q = self._heads(self.query(x), self.query_norm)
+        k = self._heads(self.key(x), self.key_norm)
+        v = self._heads(self.value(x), None)
         rope = spec.rope
         rule = AttentionRule(
             rotate=None if rope is None else lambda x, at: rope.rotate(x, at, step.totals),
@@ -117,9 +120,15 @@ class Attention(nnx.Module):
             sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
             alibi_slopes=None
             if spec.alibi is None
-            else jnp.asarray(alibi_slopes(spec.heads, bias_max=spec.alibi.bias_max) * spec.alibi.scale),
+            else part(
+                jnp.asarray(alibi_slopes(spec.heads, bias_max=spec.alibi.bias_max) * spec.alibi.scale), "tensor", 0
+            ),
         )
-        if cache is None:
+        if cache is None and step.zigzag:
+            if segment_ids is not None:
+                raise UnsupportedError("segment_ids are for passes that are not split over `sequence`: use sequence=1.")
+            out = attend_alone(rule.turn(q, step.positions), rule.turn(k, step.positions), v, step, rule)
+        elif cache is None:
             out = flash_attention(
                 rule.turn(q, step.positions),
                 rule.turn(k, step.positions),
@@ -134,15 +143,15 @@ class Attention(nnx.Module):
         b, n, t, d = out.shape
         return self.out(out.swapaxes(1, 2).reshape(b, t, n * d)), cache
 
-    def _heads(self, x: jax.Array, heads: int, norm: nnx.Module | None) -> jax.Array:
-        """`[B, T, heads * D]` -> `[B, heads, T, D]`, clipped and normalised."""
+    def _heads(self, x: jax.Array, norm: nnx.Module | None) -> jax.Array:
+        """`[B, T, heads * D]` -> `[B, heads, T, D]`, clipped and normalised; of this chip's heads."""
         spec = self.spec
         over = spec.qk_norm.over if spec.qk_norm is not None else None
         if norm is not None and over == "width":
             x = norm(x)
         if spec.clip is not None:
             x = jnp.clip(x, -spec.clip, spec.clip)
-        x = x.reshape(*x.shape[:2], heads, spec.head_dim)
+        x = x.reshape(*x.shape[:2], -1, spec.head_dim)
         if norm is not None and over != "width":
             x = norm(x)
         return x.swapaxes(1, 2)

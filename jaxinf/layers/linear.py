@@ -7,35 +7,55 @@ from flax import nnx
 from jaxinf.layers.parameters import constant, normal
 from pallas_kernels import quantized_matmul
 from pallas_kernels.stored import from_bits, to_bits
+from sharding.collectives import index, psum, size
+from sharding.rules import RULES
 
 
 class Linear(nnx.Module):
-    """`y = x @ kernel + bias`, with `kernel [in, out]`; products accumulate in float32."""
+    """`y = x @ kernel + bias`, with `kernel [in, out]`; products accumulate in float32.
+
+    On a mesh that splits the kernel's columns, each chip has its columns of y; where it splits the rows, and the
+    last axis of x, the chips' products are added (Shoeybi et al. 2019, Megatron-LM, sec. 3).
+    """
 
     def __init__(self, n_in: int, n_out: int, *, axes: tuple[str | None, str | None], bias=False, rngs, dtype):
         self.kernel = normal(rngs, (n_in, n_out), axes, dtype, std=n_in**-0.5)
         self.bias = constant(0.0, (n_out,), axes[1:], dtype) if bias else None
+        self._summed = RULES[axes[0]] if axes[0] is not None else ()
 
     def __call__(self, x: jax.Array, *, out=None) -> jax.Array:
         """`x [..., in]` -> `[..., out]` in dtype `out` (default: x's)."""
         y = quantized_matmul(x, self.kernel[...], out_dtype=jnp.float32)
+        if size(*self._summed) > 1:
+            # In the dtype of the result: half the bytes on the wires.
+            y = psum(y.astype(x.dtype if out is None else out), *self._summed).astype(jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype if out is None else out)
 
 
 class Embedding(nnx.Module):
-    """A table `[entries, d]`, read by row; tied heads multiply by its transpose."""
+    """A table `[entries, d]`, read by row; tied heads multiply by its transpose.
+
+    On a mesh that splits the entries a chip looks up those that it has, and the chips' rows are added.
+    """
 
     def __init__(self, entries: int, d: int, *, axes: tuple[str | None, str | None], rngs, dtype):
         self.table = normal(rngs, (entries, d), axes, dtype, std=d**-0.5)
+        self._split = RULES[axes[0]] if axes[0] is not None else ()
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """`ids` int `[...]` -> `[..., d]`."""
-        return _rows(self.table[...], ids)
+        table = self.table[...]
+        if size(*self._split) == 1:
+            return _rows(table, ids)
+        own = ids - index(*self._split) * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        rows = jnp.where(here[..., None], _rows(table, jnp.clip(own, 0, table.shape[0] - 1)), 0)
+        return psum(rows, *self._split)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """`x [..., d]` -> float32 `[..., entries]`."""
+        """`x [..., d]` -> float32 `[..., entries]`: of those that this chip has."""
         return quantized_matmul(x, self.table[...], transpose=True, out_dtype=jnp.float32)
 
 

@@ -11,6 +11,8 @@ from flax import nnx
 from jax import lax
 
 from jaxinf.layers.parameters import constant
+from sharding.collectives import psum, size
+from sharding.rules import RULES
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,11 @@ class RMSNorm(nnx.Module):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.spec = spec
         self.scale = constant(1.0 - spec.offset, shape, axes or (None,) * len(shape), dtype)
+        self._over = _over(axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.eps)
+        y = x32 * lax.rsqrt(_mean(x32 * x32, self._over) + self.spec.eps)
         return (y * (self.scale[...].astype(jnp.float32) + self.spec.offset)).astype(x.dtype)
 
 
@@ -66,12 +69,25 @@ class LayerNorm(nnx.Module):
         axes = axes or (None,) * len(shape)
         self.scale = constant(1.0, shape, axes, dtype)
         self.bias = constant(0.0, shape, axes, dtype) if spec.bias else None
+        self._over = _over(axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.eps)
+        x32 = x32 - _mean(x32, self._over)
+        y = x32 * lax.rsqrt(_mean(x32 * x32, self._over) + self.spec.eps)
         y = y * self.scale[...].astype(jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
+
+
+def _over(axes: Sequence[str | None] | None) -> tuple[str, ...]:
+    """Mesh axes that split what is normalised over."""
+    return RULES[axes[-1]] if axes and axes[-1] is not None else ()
+
+
+def _mean(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    """The mean over the last axis, of which each chip has an equal part."""
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    chips = size(*over)
+    return mean if chips == 1 else psum(mean, *over) / chips

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -11,6 +12,7 @@ from typing import Any, Literal, Unpack, overload
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxinf import checkpoint
 from jaxinf.cache import Cache
@@ -36,7 +38,10 @@ from jaxinf.lm.request import (
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
+from jaxinf.models.placing import place_model
 from pallas_kernels.errors import InputError
+from sharding import meshes
+from sharding.program import LOGITS
 
 
 class LM:
@@ -67,7 +72,6 @@ class LM:
     ):
         compilation_cache.enable()
         self.tokenizer = tokenizer
-        self._runner = Runner(model)
         spec, generation = model.spec, dict(generation or {})
         if generation.get("eos_token_id") is None and tokenizer is not None:
             generation["eos_token_id"] = tokenizer.eos_id
@@ -80,8 +84,12 @@ class LM:
         facts = Facts(spec, context_of(spec, context), tokenizer, Defaults.of(generation))
         window, sinks = window_of(facts, window, sinks)
         self._facts = dataclasses.replace(facts, window=window, sinks=sinks)
+        self._run(model)
+
+    def _run(self, model: CausalLM) -> None:
+        self._runner = Runner(model)
         self._conversation: Conversation | None = None
-        self._logits = self._runner.bind(lambda model, tokens: model(tokens))
+        self._logits = self._runner.bind(lambda model, tokens: model(tokens), gives=LOGITS)
         self._score = scoring.Scorer(self._runner)
 
     @classmethod
@@ -117,6 +125,26 @@ class LM:
         tokenizer = Tokenizer.from_folder(loaded.folder)
         return cls(loaded.model, tokenizer, generation, context=context, window=window, sinks=sinks)
 
+    def shard(self, mesh: str | Mapping[str, int] | Mesh) -> LM:
+        """This model spread over a mesh of devices; answers are the same.
+
+        Args:
+          mesh: axes and sizes, such as "data=2,tensor=4", of data, pipeline, sequence, expert, tensor; "auto"; or
+            a `jax.sharding.Mesh` with such axes. One smaller than the devices takes the first ones and warns.
+
+        Raises:
+          InputError: the mesh needs more devices than there are, or does not divide the model; the message says
+            which sizes would.
+        """
+        other = copy.copy(self)
+        other._run(place_model(self.model, meshes.make(mesh)))
+        return other
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Over which the model is spread; None: one device."""
+        return self._runner.mesh
+
     @property
     def spec(self) -> ModelSpec:
         """The architecture."""
@@ -151,9 +179,9 @@ class LM:
             raise InputError(f"tokens has {length} columns, but the context is {self.context}")
         # Padding on the right changes no earlier token, unless experts choose among all of them.
         padded = length if self._sees_padding else min(-(-length // 64) * 64, max(length, self.context))
-        batch = np.zeros((len(rows), padded), np.int32)
-        batch[:, :length] = rows
-        return self._logits(batch)[:, :length]
+        batch = np.zeros((len(rows) + -len(rows) % self._runner.row_ways, padded), np.int32)
+        batch[: len(rows), :length] = rows
+        return self._logits(batch)[: len(rows), :length, : self.spec.vocab]
 
     @overload
     def generate(
@@ -397,7 +425,8 @@ class LM:
     def _begin(self, request: Request, cache: Cache | None = None, cached: int = 0):
         prompts = request.prompts
         if cache is None:
-            cache = self._cache(len(prompts), request.tokens, request.window, request.sinks)
+            rows = len(prompts) * (request.samples if self.mesh is not None else 1)
+            cache = self._cache(rows, request.tokens, request.window, request.sinks)
         return self._runner.begin(
             [p[cached:] for p in prompts],
             cache,

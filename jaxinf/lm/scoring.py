@@ -12,6 +12,7 @@ from jaxinf.generation import Runner, target_logprobs
 from jaxinf.generation.buckets import pieces
 from jaxinf.lm.completion import Score
 from pallas_kernels.errors import InputError
+from sharding.program import OWN, ROWS, SAME, gather_rows
 
 _ROWS = 8
 
@@ -20,8 +21,17 @@ class Scorer:
     """The programs that score; see `LM.score`."""
 
     def __init__(self, runner: Runner):
-        self._plain = runner.bind(lambda model, x, y, counts: target_logprobs(model, x, y, counts)[0])
-        self._cached = runner.bind(target_logprobs, static_argnames="fresh", donate_argnames="cache")
+        def plain(model, x, y, counts):
+            return gather_rows(target_logprobs(model, x, y, counts)[0])
+
+        def cached(model, x, y, counts, cache, *, fresh):
+            scores, cache = target_logprobs(model, x, y, counts, cache, fresh=fresh)
+            return gather_rows(scores), cache
+
+        self._plain = runner.bind(plain, (ROWS, ROWS, ROWS), SAME)
+        takes = (ROWS, ROWS, ROWS, OWN)
+        self._cached = runner.bind(cached, takes, (SAME, OWN), static=("fresh",))
+        self._ways = runner.row_ways
 
     def windowed(self, ids: Sequence[int], context: int, stride: int | None, *, padded: bool = True) -> np.ndarray:
         """Log-probabilities float32 `[len(ids) - 1]`, each token with what a piece of `context` tokens shows.
@@ -40,11 +50,12 @@ class Scorer:
         found = np.zeros((n,), np.float32)
         x, y = np.asarray(ids[:-1], np.int32), np.asarray(ids[1:], np.int32)
         rows = min(_ROWS, len(starts)) if padded else 1
+        filled = rows + -rows % self._ways
         done = 0
         for i in range(0, len(starts), rows):
             group = starts[i : i + rows]
-            inputs, targets = np.zeros((2, rows, size), np.int32)
-            counts = np.zeros((rows,), np.int32)
+            inputs, targets = np.zeros((2, filled, size), np.int32)
+            counts = np.zeros((filled,), np.int32)
             for row, start in enumerate(group):
                 part = x[start : start + size]
                 inputs[row, : len(part)], targets[row, : len(part)] = part, y[start : start + size]
@@ -63,10 +74,10 @@ class Scorer:
         found = []
         for start, size in pieces(x.shape[1]):
             count = min(size, x.shape[1] - start)
-            pad = ((0, 0), (0, size - count))
+            pad = ((0, self._ways - 1), (0, size - count))
             inputs, targets = (np.pad(z[:, start : start + count], pad) for z in (x, y))
-            counts = np.asarray([count], np.int32)
-            scores, cache = self._cached(inputs, targets, counts, cache=cache, fresh=start == 0)
+            counts = np.asarray([count] + [0] * (self._ways - 1), np.int32)
+            scores, cache = self._cached(inputs, targets, counts, cache, fresh=start == 0)
             assert cache is not None
             found.append(np.asarray(scores)[0, :count])
         return np.concatenate(found)

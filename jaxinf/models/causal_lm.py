@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinf.cache import Cache, DenseCache, LayerCache, RollingCache, SinkCache, Step
+from jaxinf.cache import Cache, LayerCache, Step, layer_cache
 from jaxinf.core.stacked import Stacked
 from jaxinf.layers import Block, Embedding, LayerSpec, Linear
 from jaxinf.layers.parameters import is_in_place
+from jaxinf.models.pipeline import in_stages, micro_batches, through_stages
 from jaxinf.models.spec import ModelSpec
 from jaxinf.models.spec import Segment as SegmentSpec
 from pallas_kernels import chips
 from pallas_kernels.errors import InputError
 from pallas_kernels.stored import storage_dtype
+from sharding import split_axis, zigzag
+from sharding.collectives import size
 
 Layout = Literal["list", "stacked"]
 
@@ -27,7 +30,8 @@ class Segment(nnx.Module):
 
     "list": `blocks` holds every layer; a Python loop runs them (the fast form on a CPU). "stacked": `blocks`
     holds one block a slot of the period, its parameters stacked along a leading axis of `repeats`; a
-    `lax.scan` runs them with the caches in the carry (deep models compile in seconds, caches stay in place).
+    `lax.scan` runs them with the caches in the carry (deep models compile in seconds, caches stay in place). Where
+    a mesh's `pipeline` has cut the stack, its stages take turns (`jaxinf.models.pipeline`).
     """
 
     def __init__(self, spec: SegmentSpec, d_model: int, *, layout: Layout, rngs: nnx.Rngs, dtype):
@@ -57,23 +61,30 @@ class Segment(nnx.Module):
         # Only without gradients: those of what the loop does not cut would be as large as the stack at every layer.
         whole = is_in_place if caches is not None else lambda path, value: False
         split = [nnx.split(block, whole, ...) for block in self.blocks]
+        repeats = jax.tree.leaves(split[0][1:])[0].shape[0]  # of a pipeline's stage, those that it has
 
-        def body(carry, xs):
-            x, caches, loss = carry
-            layer, states = xs
-            after = []
-            for slot, ((graph, stacks, _), state) in enumerate(zip(split, states, strict=True)):
-                cache = None if caches is None else caches[slot]
-                block = nnx.merge(graph, jax.tree.map(lambda stack: Stacked(stack, layer), stacks), state)
-                x, cache, extra = block(x, step, cache, layer=layer, segment_ids=segment_ids)
-                after.append(cache)
-                loss = loss + extra
-            return (x, tuple(after) if caches is not None else None, loss), None
+        def run(x, step, caches, segment_ids, first):
+            def body(carry, xs):
+                x, caches, loss = carry
+                layer, states = xs
+                after = []
+                for slot, ((graph, stacks, _), state) in enumerate(zip(split, states, strict=True)):
+                    cache = None if caches is None else caches[slot]
+                    block = nnx.merge(graph, jax.tree.map(lambda stack: Stacked(stack, layer), stacks), state)
+                    at = layer if first is None else first + layer
+                    x, cache, extra = block(x, step, cache, layer=at, segment_ids=segment_ids)
+                    after.append(cache)
+                    loss = loss + extra
+                return (x, tuple(after) if caches is not None else None, loss), None
 
-        layers = jnp.arange(self.spec.repeats, dtype=jnp.int32)
-        start = (x, caches, jnp.zeros((), jnp.float32))
-        (x, caches, loss), _ = jax.lax.scan(body, start, (layers, [state for _, _, state in split]))
-        return x, caches, loss
+            layers = jnp.arange(repeats, dtype=jnp.int32)
+            start = (x, caches, jnp.zeros((), jnp.float32))
+            (x, caches, loss), _ = jax.lax.scan(body, start, (layers, [state for _, _, state in split]))
+            return x, caches, loss
+
+        if repeats == self.spec.repeats:
+            return run(x, step, caches, segment_ids, None)
+        return through_stages(run, x, step, caches, segment_ids, layers=repeats)
 
 
 class CausalLM(nnx.Module):
@@ -98,6 +109,11 @@ class CausalLM(nnx.Module):
         """The dtype of activations: that of the embedding."""
         return self.embed.table[...].dtype
 
+    @property
+    def own_vocab(self) -> int:
+        """Entries of the vocabulary that this chip of a mesh has, padding included; all of them without a mesh."""
+        return -(-self.spec.vocab // size("tensor"))
+
     def hidden(
         self,
         tokens: jax.Array,
@@ -119,14 +135,22 @@ class CausalLM(nnx.Module):
           positions: int32 `[B, T]`; default: consecutive. Without a cache only.
 
         Returns:
-          `(hidden [B, T, d_model], the cache after or None, the mixtures' balancing loss)`.
+          `(hidden [B, T, d_model], the cache after or None, the mixtures' balancing loss)`. Where `zigzag.splits(T,
+          cache is None or fresh)`, hidden is of this chip's tokens alone, `[B, T / chips rounded up, d_model]`:
+          `zigzag.take_last` and `zigzag.whole` undo it.
         """
         if cache is not None and not (segment_ids is None and positions is None):
             raise InputError("segment_ids and positions are for passes without a cache; leave out one or the other")
         starts = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
         if positions is None:
             positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        step = Step(positions, counts, fresh)
+        if split := zigzag.splits(tokens.shape[1], cache is None or fresh):
+            total = tokens.shape[1]
+            tokens, positions = zigzag.share(tokens), zigzag.share(positions)
+            segment_ids = None if segment_ids is None else zigzag.share(segment_ids)
+            if counts is None and tokens.shape[1] * size("sequence") != total:
+                counts = jnp.full_like(starts, total)
+        step = Step(positions, counts, fresh, split)
 
         x = self.embed(tokens)
         if self.spec.embed_scale != 1.0:
@@ -146,7 +170,7 @@ class CausalLM(nnx.Module):
         return x, None if cache is None else Cache(tuple(layers), step.totals), loss
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """`[..., d_model]` -> float32 `[..., vocab]`."""
+        """`[..., d_model]` -> float32 `[..., vocab]`; on a mesh, this chip's part of it, its padding -inf."""
         if self.head is None:
             y = self.embed.attend(hidden)
         else:
@@ -155,16 +179,22 @@ class CausalLM(nnx.Module):
             y = y * self.spec.logit_scale
         if self.spec.logit_softcap is not None:
             y = self.spec.logit_softcap * jnp.tanh(y / self.spec.logit_softcap)
+        if size("tensor") * self.own_vocab != self.spec.vocab:
+            place = split_axis.first_entry(y) + jnp.arange(self.own_vocab)
+            y = jnp.where(place < self.spec.vocab, y, -jnp.inf)
         return y
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits of whole sequences without a cache: int32 `[B, T]` -> float32 `[B, T, vocab]`."""
-        return self.logits(self.hidden(tokens)[0])
+        return self.train_logits(tokens)[0]
 
     def train_logits(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`(logits float32 [B, T, vocab], the mixtures' balancing loss)`."""
         hidden, _, loss = self.hidden(tokens)
-        return self.logits(hidden), loss
+        logits = self.logits(hidden)
+        if zigzag.splits(tokens.shape[1], True):
+            logits = zigzag.whole(logits, total=tokens.shape[1])
+        return logits, loss
 
     def init_cache(
         self,
@@ -223,31 +253,33 @@ def init_cache(
         raise InputError(f"window={window} must be at least 1, or None")
 
     dtype = storage_dtype(dtype, chips.platform())
-    # A TPU lays out whole tiles of slots; other numbers of them it would re-lay, copying the cache at every write.
-    tile = chips.LANES if chips.platform() == "tpu" else 1
-    capacity += -capacity % tile
 
-    def spare(window: int) -> int:
-        """`max_append`, and what fills the last tile."""
-        return max_append - (window + max_append - 1) % -tile
-
-    def one(layer: LayerSpec, layers: int | None) -> LayerCache:
+    def one(layer: LayerSpec, layers: int | None, rows: int = batch) -> LayerCache:
         a = layer.attention
-        shape = (layers, batch, a.kv_heads)
-        if a.window is not None and a.window + max_append - 1 < capacity:
-            return RollingCache.zeros(*shape, a.window, a.head_dim, dtype, max_append=spare(a.window))
-        if a.window is None and window is not None:
-            if sinks:
-                return SinkCache.zeros(*shape, window, a.head_dim, dtype, sinks=sinks, max_append=spare(window))
-            return RollingCache.zeros(*shape, window, a.head_dim, dtype, max_append=spare(window))
-        return DenseCache.zeros(*shape, capacity, a.head_dim, dtype)
+        return layer_cache(
+            layers,
+            rows,
+            heads=a.heads,
+            kv_heads=a.kv_heads,
+            head_dim=a.head_dim,
+            capacity=capacity,
+            dtype=dtype,
+            max_append=max_append,
+            window=a.window,
+            bound=window,
+            sinks=0 if a.window is not None else sinks,
+        )
 
-    def segment(s: SegmentSpec) -> tuple[LayerCache, ...]:
+    def segment(i: int, s: SegmentSpec) -> tuple[LayerCache, ...]:
         if layout == "list":
             return tuple(one(layer, None) for _ in range(s.repeats) for layer in s.period)
-        return tuple(one(layer, s.repeats) for layer in s.period)
+        if size("pipeline") == 1 or not in_stages(spec, i):
+            return tuple(one(layer, s.repeats) for layer in s.period)
+        parts = micro_batches(batch)
+        return tuple(one(layer, s.repeats // size("pipeline") * parts, batch // parts) for layer in s.period)
 
-    return Cache(tuple(segment(s) for s in spec.segments), jnp.zeros((batch,), jnp.int32))
+    layers = tuple(segment(i, s) for i, s in enumerate(spec.segments))
+    return Cache(layers, jnp.zeros((batch,), jnp.int32))
 
 
 def stack(blocks: Sequence[Block]) -> Block:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinf.layers import LayerSpec, MoESpec
 from jaxinf.models.causal_lm import CausalLM, Layout
+from jaxinf.models.pipeline import in_stages
 from jaxinf.models.spec import ModelSpec
 from pallas_kernels.errors import InputError, UnsupportedError
 from sharding import rules
@@ -128,7 +129,7 @@ def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], va
         attention = segment.period[int(path[3]) % len(segment.period)].attention
         if model.layout == "stacked":
             logical = ("layers", *logical)
-            whole = is_whole(model.spec, int(path[1]), sizes)
+            whole = not in_stages(model.spec, int(path[1]))
     dims = []
     for i, (size, name) in enumerate(zip(value.shape, logical, strict=True)):
         if name == "vocab":
@@ -146,17 +147,6 @@ def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], va
     return Placed(path, np.dtype(value.dtype), tuple(dims), partition)
 
 
-def is_whole(spec: ModelSpec, segment: int, sizes: Mapping[str, int]) -> bool:
-    """Whether every stage of the pipeline has all layers of a segment: a lead or a remainder, which is no stack."""
-    once = spec.segments[segment].repeats == 1
-    return sizes.get("pipeline", 1) == 1 or (once and segment != _main(spec))
-
-
-def _main(spec: ModelSpec) -> int:
-    """The segment with the most layers."""
-    return max(range(len(spec.segments)), key=lambda i: spec.segments[i].layers)
-
-
 Need = tuple[str, Callable[[int], bool]]
 """What must be divided, such as "heads=4", and whether so many chips do."""
 
@@ -164,7 +154,7 @@ Need = tuple[str, Callable[[int], bool]]
 def _needs(spec: ModelSpec, axis: str) -> Iterator[Need]:
     if axis == "pipeline":
         for i, segment in enumerate(spec.segments):
-            if i == _main(spec) or segment.repeats > 1:
+            if in_stages(spec, i):
                 of = f" (of {len(segment.period)} layers)" if len(segment.period) > 1 else " (layers)"
                 yield _multiple("repeats", segment.repeats, of)
     elif axis in ("tensor", "expert"):
