@@ -10,6 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import flash_attention
+from sharding.collectives import size
+from sharding.sequence import sequence_attention
+
 Rotate = Callable[[jax.Array, jax.Array], jax.Array]
 
 # Passes of at most this many tokens read the cache with `flash_decode`, longer ones with `flash_attention`.
@@ -57,20 +61,40 @@ class Step:
     positions: int32 `[B, T]`, consecutive in a row; `positions[b, 0]` tokens of row b came before.
     counts: int32 `[B]`, or None: all T.
     fresh: static; nothing came before in any row, so the cache need not be read.
+    zigzag: static; the columns are this chip's part of a pass that starts its rows, in the order of
+      `sharding.zigzag`; `counts` are of the whole pass.
     """
 
     positions: jax.Array
     counts: jax.Array | None = None
     fresh: bool = False
+    zigzag: bool = False
 
     @property
     def starts(self) -> jax.Array:
-        return self.positions[:, 0]
+        """Tokens in each row before this pass, int32 `[B]`."""
+        return jnp.zeros_like(self.positions[:, 0]) if self.zigzag else self.positions[:, 0]
+
+    @property
+    def tokens(self) -> int:
+        """Columns of the whole pass, on all chips that it is split over."""
+        return self.positions.shape[1] * (size("sequence") if self.zigzag else 1)
 
     @property
     def totals(self) -> jax.Array:
         """Tokens in each row after this pass, int32 `[B]`."""
-        return self.starts + (self.positions.shape[1] if self.counts is None else self.counts)
+        return self.starts + (self.tokens if self.counts is None else self.counts)
+
+
+def attend_alone(
+    q: jax.Array, k: jax.Array, v: jax.Array, step: Step, rule: AttentionRule, *, return_lse: bool = False
+) -> Any:
+    """What the tokens of a pass that starts its rows see of each other; all are rotated already.
+
+    Returns `out [B, N, T, D]`, or with `return_lse` also the log-sum-exp float32 `[B, N, T]`.
+    """
+    attend = sequence_attention if step.zigzag else flash_attention
+    return attend(q, k, v, lengths=step.counts, return_lse=return_lse, **rule.mask)
 
 
 class LayerCache(abc.ABC):
@@ -78,6 +102,9 @@ class LayerCache(abc.ABC):
 
     A cache is a pytree. It owns attention: `step` stores the new tokens and attends to old and new.
     """
+
+    window = None
+    """Tokens that a query sees at most because the cache forgets, or None."""
 
     @abc.abstractmethod
     def step(

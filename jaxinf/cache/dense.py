@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step
+from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, attend_alone
 from pallas_kernels import cache_append, flash_attention, flash_decode
+from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.stored import BFLOAT16_BITS, from_bits
 
 
@@ -28,14 +29,15 @@ class DenseCache(LayerCache):
         return cls(*(jnp.zeros((*lead, batch, kv_heads, slots, head_dim), dtype) for _ in range(2)))
 
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
+        if step.zigzag:
+            raise UnsupportedError(
+                "DenseCache holds whole rows, but the pass is split over sequence: make the cache under its mesh."
+            )
         q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
-        cache = DenseCache(
-            cache_append(self.k, k, layer, step.starts, counts=step.counts),
-            cache_append(self.v, v, layer, step.starts, counts=step.counts),
-        )
+        cache = self.append(k, v, step, layer)
         tokens = q.shape[2]
         if step.fresh and tokens > 1:
-            out = flash_attention(q, k, v, lengths=step.counts, **rule.mask)
+            out = attend_alone(q, k, v, step, rule)
         elif tokens <= DECODE_TOKENS:
             out = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, **rule.mask)
         else:
@@ -46,6 +48,13 @@ class DenseCache(LayerCache):
             else:
                 out = flash_attention(q, *(read_layer(x, layer, q.dtype) for x in stored), **options)
         return out, cache
+
+    def append(self, k, v, step: Step, layer) -> DenseCache:
+        """Stores rotated keys and values."""
+        return DenseCache(
+            cache_append(self.k, k, layer, step.starts, counts=step.counts),
+            cache_append(self.v, v, layer, step.starts, counts=step.counts),
+        )
 
     @property
     def append_limit(self) -> int | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step
+from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, attend_alone
 from jaxinf.cache.dense import read_layer
 from pallas_kernels import cache_append, flash_attention, flash_decode
 from pallas_kernels.merge import merge_partials
+from sharding import zigzag
 
 
 @jax.tree_util.register_dataclass
@@ -51,14 +54,15 @@ class RollingCache(LayerCache):
 
     def _attend(self, q, k, v, step: Step, rule: AttentionRule, layer) -> tuple[jax.Array, RollingCache, jax.Array]:
         """`step` on rotated `q, k`: `(out, the cache after, log-sum-exp float32 [B, N, T])`."""
-        mask = rule.mask | {"window": min(self.window, rule.window or self.window), "return_lse": True}
+        rule = dataclasses.replace(rule, window=min(self.window, rule.window or self.window))
+        mask: dict[str, Any] = rule.mask | {"return_lse": True}
         tokens, slots = q.shape[2], self.k.shape[-2]
         if tokens <= min(DECODE_TOKENS, slots - self.window + 1) and not (step.fresh and tokens > 1):
-            cache = self._append(k, v, step, layer)
+            cache = self.append(k, v, step, layer)
             out, lse = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, ring=True, **mask)
         elif step.fresh:
-            cache = self._append(k, v, step, layer)
-            out, lse = flash_attention(q, k, v, lengths=step.counts, **mask)
+            cache = self.append(k, v, step, layer)
+            out, lse = attend_alone(q, k, v, step, rule, return_lse=True)
         else:
             # Read before writing: a long chunk overwrites the window that its first queries look at.
             old = self.window - 1
@@ -76,14 +80,21 @@ class RollingCache(LayerCache):
                 **mask,
             )
             written = dataclasses.replace(step, counts=after(step.totals - step.starts, out))
-            cache = self._append(k, v, written, layer)
+            cache = self.append(k, v, written, layer)
         return out, cache, lse
 
-    def _append(self, k, v, step: Step, layer) -> RollingCache:
+    def append(self, k, v, step: Step, layer) -> RollingCache:
+        """Stores rotated keys and values; of a pass that is split over chips, on each what it needs of all."""
+        starts, counts = step.starts, step.counts
+        if step.zigzag:
+            count = min(self.k.shape[-2], step.tokens)
+            starts = jnp.maximum(step.totals - count, 0)
+            counts = step.totals - starts
+            k, v = (zigzag.take(x, starts[:, None] + jnp.arange(count), 2) for x in (k, v))
         return dataclasses.replace(
             self,
-            k=cache_append(self.k, k, layer, step.starts, counts=step.counts, ring=True),
-            v=cache_append(self.v, v, layer, step.starts, counts=step.counts, ring=True),
+            k=cache_append(self.k, k, layer, starts, counts=counts, ring=True),
+            v=cache_append(self.v, v, layer, starts, counts=counts, ring=True),
         )
 
     def _latest(self, stored: jax.Array, starts: jax.Array, count: int, layer, dtype) -> jax.Array:
@@ -155,23 +166,33 @@ class SinkCache(LayerCache):
             rule,
             layer,
         )
-        sink_k = cache_append(self.sink_k, k, layer, step.starts, counts=step.counts)
-        sink_v = cache_append(self.sink_v, v, layer, step.starts, counts=step.counts)
-
-        # Sink j is out of the window of a query at t when j <= t - window: causal, with an offset.
-        place = jnp.minimum(step.positions, window + sinks - 1)
         order = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (q.shape[0], sinks))
-        far, far_lse = flash_attention(
-            rule.turn(q, place),
-            rule.turn(read_layer(sink_k, layer, q.dtype), order),
-            read_layer(sink_v, layer, q.dtype),
-            q_offset=step.starts - window,
-            lengths=jnp.minimum(step.totals, sinks),
-            scale=rule.scale,
-            softcap=rule.softcap,
-            alibi_slopes=rule.alibi_slopes,
-            return_lse=True,
-        )
+        counts = step.counts
+        if step.zigzag:
+            k, v = (zigzag.take(x, order, 2) for x in (k, v))
+            counts = jnp.minimum(step.totals, sinks)
+        sink_k = cache_append(self.sink_k, k, layer, step.starts, counts=counts)
+        sink_v = cache_append(self.sink_v, v, layer, step.starts, counts=counts)
+
+        place = jnp.minimum(step.positions, window + sinks - 1)
+        turned = rule.turn(q, place)
+        keys, values = rule.turn(read_layer(sink_k, layer, q.dtype), order), read_layer(sink_v, layer, q.dtype)
+        parts = []
+        for columns in np.split(np.arange(q.shape[2]), 2 if step.zigzag else 1):  # positions follow each other
+            # Sink j is out of the window of a query at t when j <= t - window: causal, with an offset.
+            part = flash_attention(
+                turned[:, :, columns[0] : columns[-1] + 1],
+                keys,
+                values,
+                q_offset=step.positions[:, columns[0]] - window,
+                lengths=jnp.minimum(step.totals, sinks),
+                scale=rule.scale,
+                softcap=rule.softcap,
+                alibi_slopes=rule.alibi_slopes,
+                return_lse=True,
+            )
+            parts.append(part)
+        far, far_lse = (jnp.concatenate([part[i] for part in parts], axis=2) for i in range(2))
         if rule.alibi_slopes is not None:
             # Biases by distance came out as if the query stood `window` before its position, not at its place.
             moved = (step.positions - window - place).astype(jnp.float32)
