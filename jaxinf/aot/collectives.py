@@ -4,13 +4,12 @@ import math
 import re
 from dataclasses import dataclass
 
+from jaxinf.aot.hlo import Instruction, computations, times
 from jaxinf.aot.shapes import shapes
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OP = re.compile(rf"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations|true_computation|false_computation)=")
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class Collective:
       bytes: of its result on one chip (of its operand for a reduce-scatter: the larger side).
       chips: that take part in one group.
       times: how often the program runs it; loops of known length are multiplied out.
+      group: the first group, as places in the program's list of devices.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Collective:
     bytes: int
     chips: int
     times: int = 1
+    group: tuple[int, ...] = ()
 
     @property
     def sent(self) -> float:
@@ -40,14 +41,26 @@ class Collective:
 
 def of(hlo: str) -> tuple[Collective, ...]:
     """The collectives in the text of a compiled program (`executable.as_text()`)."""
-    computations = _computations(hlo)
-    times = _times(computations)
+    lines_of, _ = computations(hlo)
+    counts = times(lines_of)
     found = []
-    for name, lines in computations.items():
+    for name, lines in lines_of.items():
         for line in lines:
             if m := _OP.match(line):
-                found.append(_collective(line, m, times.get(name, 1)))
+                found.append(_collective(line, m, counts[name]))
     return tuple(found)
+
+
+def one(instruction: Instruction) -> Collective:
+    """The collective of one instruction, which is one.
+
+    Raises:
+      ValueError: it is none.
+    """
+    line = f"  %{instruction.name} = {instruction.shape} {instruction.opcode}({instruction.rest}"
+    if not (m := _OP.match(line)):
+        raise ValueError(f"{instruction.name} is no collective")
+    return _collective(line, m, 1)
 
 
 def _collective(line: str, m: re.Match[str], times: int) -> Collective:
@@ -56,71 +69,55 @@ def _collective(line: str, m: re.Match[str], times: int) -> Collective:
     # The start of an asynchronous one gives (operands, results): the results are the second half.
     if start and kind != "all-reduce" and len(sizes) > 1:
         sizes = sizes[len(sizes) // 2 :]
-    chips = _group(line)
+    group = _first_group(line)
+    chips = len(group) or 1
     size = sum(sizes) or sum(shapes(result))
-    return Collective(name, kind, size * chips if kind == "reduce-scatter" else size, chips, times)
+    return Collective(name, kind, size * chips if kind == "reduce-scatter" else size, chips, times, group)
 
 
-def _group(line: str) -> int:
-    if m := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(m[1])
+def _first_group(line: str) -> tuple[int, ...]:
+    if m := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        size, dims = int(m[2]), [int(n) for n in m[3].split(",")]
+        order = [int(n) for n in m[4].split(",")] if m[4] else list(range(len(dims)))
+        return tuple(_transposed(dims, order)[:size])
     if m := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         return _mesh_group(m[1], m[2])
     if m := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(m[1].split(","))
+        return tuple(int(n) for n in m[1].split(",") if n)
     if m := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        return len(re.findall(r"\{", m[1]))
-    return 1
+        return _circle([tuple(map(int, pair.split(","))) for pair in re.findall(r"(\d+,\d+)", m[1])])
+    return ()
 
 
-def _mesh_group(mesh: str, axes: str) -> int:
-    """Chips along axes, such as "'a','b':(2)4" (the second: 4 of them) of the mesh "'a'=2,'b'=8"."""
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
-    return math.prod(int(part) if part else sizes[name] for name, part in parts) if parts else 1
-
-
-def _computations(hlo: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        if m := _HEAD.match(line):
-            lines = found.setdefault(m[1], [])
-        else:
-            lines.append(line)
+def _transposed(dims: list[int], order: list[int]) -> list[int]:
+    """0, 1, 2, ... as an array of `dims`, its axes in another order, flat."""
+    strides = [math.prod(dims[axis + 1 :]) for axis in order]
+    found = [0]
+    for axis, stride in zip(order, strides, strict=True):
+        found = [at + i * stride for at in found for i in range(dims[axis])]
     return found
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Trips of the loop in this line: as the compiler says, or as its condition does, if it counts up from 0."""
-    if m := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-        return int(m[1])
-    if m := re.search(r"condition=%?([\w.\-]+)", line):
-        condition = "\n".join(computations.get(m[1], ()))
-        test = re.search(r"ROOT .* compare\(.*?, %?([\w.\-]+)\), direction=LT", condition)
-        limit = test and re.search(rf"%{re.escape(test[1])} = s32\[\]\S* constant\((\d+)\)", condition)
-        return int(limit[1]) if limit else 1
-    return 1
+def _circle(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The places that are reached from the first one."""
+    after = {source: target for source, target in pairs}
+    at, found = pairs[0][0] if pairs else None, []
+    while at is not None and at not in found:
+        found.append(at)
+        at = after.get(at)
+    return tuple(found)
 
 
-def _times(computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs, from the trip counts that the compiler knows."""
-    callers: dict[str, list[tuple[str, int]]] = {}
-    for name, lines in computations.items():
-        for line in lines:
-            trips = _trips(line, computations)
-            for m in _CALLED.finditer(line):
-                rest = line[m.end() :]
-                names = re.match(r"\{([^}]*)\}", rest) or re.match(r"(%?[\w.\-]+)", rest)
-                for callee in re.findall(r"[\w.\-]+", names[1]) if names else ():
-                    count = trips if m.group().startswith("body") else 1
-                    callers.setdefault(callee, []).append((name, count))
-    known: dict[str, int] = {}
-
-    def times(name: str) -> int:
-        if name not in known:
-            known[name] = 1  # HLO has no recursion
-            known[name] = sum(times(caller) * count for caller, count in callers.get(name, ())) or 1
-        return known[name]
-
-    return {name: times(name) for name in computations}
+def _mesh_group(mesh: str, axes: str) -> tuple[int, ...]:
+    """Places along axes, such as "'a','b':(2)4" (the second: 4 of them, after 2) of the mesh "'a'=2,'b'=8"."""
+    names = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)]
+    wanted = {m[1]: (int(m[2] or 1), m[3]) for m in re.finditer(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}
+    found, stride = [0], 1
+    for name, size in reversed(names):
+        if name in wanted:
+            before, part = wanted[name]
+            count = int(part or size)
+            step = stride * size // before // count
+            found = [at + i * step for i in range(count) for at in found]
+        stride *= size
+    return tuple(sorted(found))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pallas_kernels.errors import InputError
 from pallas_kernels.named import Call, Work
@@ -21,10 +21,13 @@ class Job:
       function: "package.module:name", or "folder/file.py:name". If it takes `devices`, it gets the described
         devices, so that its arguments can carry shardings.
       arguments: JSON values.
+      static: what the static model gives: "operations", an `Estimate` of each once; "program", a `Timeline` of the
+        whole, loops included; "none".
     """
 
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    static: Literal["operations", "program", "none"] = "operations"
 
     def make(self, devices: Sequence[Any] = ()) -> Call:
         """Imports and calls the function.

@@ -70,7 +70,7 @@ def run(
 
     Args:
       chip: "v5e", ... or "v5e:4x4".
-      static: also run the static model.
+      static: also run the static model, as each job says.
       workers: processes. One holds about 0.5 GiB and keeps one core busy.
       timeout: seconds for one job.
       paths: folders to import jobs from, before all others.
@@ -170,7 +170,7 @@ class _Worker:
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        task = {"function": job.function, "arguments": dict(job.arguments), "keep": keep}
+        task = {"function": job.function, "arguments": dict(job.arguments), "static": job.static, "keep": keep}
         try:
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()

@@ -1,37 +1,50 @@
-"""Whole programs of a model, to be compiled for chips that are not here: prefill and the decode loop in one."""
+"""Whole programs of a model, to be compiled for chips that are not here: prefill, a decode step, or both in one."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinf import compression
 from jaxinf.aot import lowering, topology
 from jaxinf.checkpoint.parameters import abstract
 from jaxinf.generation import loop
+from jaxinf.generation.step import decode_step, prefill
 from jaxinf.layers import FFNSpec, LayerSpec, MoESpec
 from jaxinf.models import ModelSpec, Segment, presets
 from jaxinf.models.causal_lm import init_cache
+from jaxinf.models.placing import place_abstract
 from pallas_kernels.errors import InputError
-from sharding import row_major
+from sharding import meshes, program, split_axis
+from sharding.collectives import AXES
+from sharding.program import OWN, ROWS, SAME
+from sharding.rules import RULES
+
+Part = Literal["generate", "prefill", "decode"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A compiled prefill-and-decode program, and what it keeps.
+    """A compiled program of a model, and what it keeps.
 
     Attributes:
-      weights, cache: bytes on the device.
+      weights, cache: bytes on each device.
+      part: "generate": ragged prompts in pieces, then the decode loop, in one program. "prefill": one pass over
+        prompts. "decode": one token a row, and the choice of the next.
     """
 
     compiled: lowering.Compiled
     weights: int
     cache: int
+    part: Part = "generate"
 
     @property
     def temporaries(self) -> float:
@@ -43,6 +56,8 @@ def generation(
     model: str | ModelSpec,
     *,
     chip: str = "v5e",
+    mesh: str | Mapping[str, int] | None = None,
+    part: Part = "generate",
     batch: int = 8,
     prompt: int = 1024,
     new_tokens: int = 128,
@@ -50,16 +65,20 @@ def generation(
     ways: int = 1,
     piece: int = loop.PIECE,
     dtype: Any = "bfloat16",
+    quantize: str | None = None,
 ) -> Generation:
-    """Compiles `jaxinf.generation.loop.generate` for one device: ragged prompts in pieces, then the decode loop.
+    """Compiles a program of a model for a slice: `jaxinf.generation.loop.generate`, or a part of it.
 
     Args:
       model: a preset's name or a spec.
-      batch, prompt: rows, and tokens of the longest prompt.
+      chip: or slice, such as "v5e:4x4".
+      mesh: axes and sizes over the slice's devices, such as "tensor=8"; None: one device.
+      batch, prompt: rows, and tokens of the longest prompt. Rows are padded to what the mesh divides.
       capacity: tokens a row that the cache has room for; default: prompt + new_tokens.
-      ways: compile what one chip of so many computes under tensor parallelism, without its collectives.
+      ways: without a mesh, compile what one chip of so many computes under tensor parallelism, without its
+        collectives.
       piece: tokens of a prompt that one pass takes; activations grow with it.
-      dtype: of weights and cache.
+      dtype: of weights and cache. quantize: of linear weights, such as "int8" (`jaxinf.compression.quantize`).
 
     Raises:
       TooLarge: it does not fit the chip.
@@ -69,23 +88,54 @@ def generation(
     spec = spec if ways == 1 else shard(spec, ways)
     dtype = jnp.dtype(dtype)
     capacity = prompt + new_tokens if capacity is None else capacity
-    mesh = topology.mesh(chip)
-    device = NamedSharding(mesh, PartitionSpec())
-    with lowering.use(mesh):
-        graph, state = nnx.split(abstract(spec, dtype, "stacked"))
+    sizes = meshes.parse(mesh or "") if not isinstance(mesh, Mapping) else {a: mesh.get(a, 1) for a in AXES}
+    where = topology.mesh(chip, tuple(sizes.values()), AXES)
+    ways_of_rows = math.prod(sizes[axis] for axis in RULES["batch"])
+    rows = batch + -batch % ways_of_rows
+
+    with lowering.use(where):
+        made = abstract(spec, dtype, "stacked")
+        if quantize is not None:
+            made = compression.quantize(made, quantize)
+        graph, state = nnx.split(place_abstract(made, where))
         weights, tree = jax.tree.flatten(state)
-        cache = jax.eval_shape(lambda: init_cache(spec, batch, capacity, dtype=dtype, layout="stacked"))
 
-    def generate(weights, tokens, counts, cache):
-        model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-        return loop.generate(model, tokens, counts, cache, max_new_tokens=new_tokens, piece=piece)
+        def empty():
+            return init_cache(spec, rows // ways_of_rows, capacity, dtype=dtype, layout="stacked")
 
-    tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
-    counts = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    weights = [jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=row_major(w.ndim, device)) for w in weights]
-    cache = jax.tree.map(lambda c: jax.ShapeDtypeStruct(c.shape, c.dtype), cache)  # as the device lays it out
-    compiled = lowering.lower(generate, weights, tokens, counts, cache, chip=chip, donate=(3,))
-    return Generation(compiled, _bytes(weights), _bytes(cache))
+        cache = jax.eval_shape(program.over(where, empty, (), OWN))
+
+    def rebuilt(weights):
+        return nnx.merge(graph, jax.tree.unflatten(tree, weights))
+
+    def whole(weights, tokens, counts, cache):
+        model = rebuilt(weights)
+        state, written = loop.generate(model, tokens, counts, cache, max_new_tokens=new_tokens, piece=piece)
+        return state.cache, program.gather_rows((written.tokens, written.counts))
+
+    def read(weights, tokens, counts, cache):
+        logits, cache = prefill(rebuilt(weights), tokens, counts, cache, fresh=True)
+        return cache, program.gather_rows(split_axis.argmax(logits))
+
+    def step(weights, tokens, counts, cache):
+        logits, cache = decode_step(rebuilt(weights), tokens, cache, counts=counts)
+        return cache, program.gather_rows(split_axis.argmax(logits))
+
+    functions: dict[str, Callable] = dict(generate=whole, prefill=read, decode=step)
+    if part not in functions:
+        raise InputError(f"part={part!r} must be one of {', '.join(functions)}")
+    split = [w.sharding.spec for w in weights]
+    run = program.over(where, functions[part], (split, ROWS, ROWS, OWN), (OWN, SAME))
+
+    def lies(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, spec))
+
+    shape = (rows,) if part == "decode" else (rows, prompt)
+    tokens = lies(jax.ShapeDtypeStruct(shape, jnp.int32), ROWS)
+    counts = lies(jax.ShapeDtypeStruct((rows,), jnp.int32), ROWS)
+    cache = jax.tree.map(lambda c: lies(c, OWN), cache)  # as the device lays it out
+    compiled = lowering.lower(run, weights, tokens, counts, cache, chip=chip, mesh=where, donate=(3,))
+    return Generation(compiled, _bytes(weights), _bytes(cache), part)
 
 
 def shard(spec: ModelSpec, ways: int) -> ModelSpec:
@@ -120,4 +170,5 @@ def shard(spec: ModelSpec, ways: int) -> ModelSpec:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """On each device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jaxinf.aot.collectives import Collective
 from jaxinf.aot.memory import Memory
-from jaxinf.aot.static import Estimate
+from jaxinf.aot.static import Estimate, Timeline
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Report:
       chip: the slice's name.
       compiler: its version.
       flops, bytes: XLA's own count of a call; the body of a loop counts once, kernels count nothing.
-      estimate: the static model's, where it was asked for.
+      estimate, timeline: the static model's, where it was asked for.
     """
 
     chip: str
@@ -26,3 +26,4 @@ class Report:
     flops: float
     bytes: float
     estimate: Estimate | None = None
+    timeline: Timeline | None = None

@@ -1,11 +1,11 @@
 """Slices of TPU chips by the names that clouds sell them under, and the wires between their chips.
 
-Sources: slice sizes and topologies from Google's pages on v4, v5e, v5p, v6e and TPU7x (cloud.google.com/tpu/docs/v4,
-/v5e, /v5p, /v6e, /tpu7x). v5e and v6e names count chips; v4, v5p and tpu7x names count TensorCores, of which those
-chips have two: v5p-128 is 64 chips. Bandwidth of the interconnect (ICI) from the same pages, as bytes/s a chip in
-both directions: v4 600e9 (6 links), v5e 400e9 (4), v5p 1200e9 (6), v6e 800e9 (4), TPU7x 1200e9 (6). An axis of a v5e
-or v6e slice closes to a ring at 16 chips; v4, v5p and TPU7x slices of whole cubes of 4x4x4 close on every axis
-("How to Scale Your Model", jax-ml.github.io/scaling-book/tpus, which also gives about a microsecond a hop).
+Sources: slice sizes and topologies from Google's pages (cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x).
+v5e and v6e names count chips; v4, v5p and tpu7x names count TensorCores, of which those chips have two: v5p-128
+is 64 chips. Bandwidth of the interconnect (ICI) from the same pages, as bytes/s a chip in both directions: v4
+600e9 (6 links), v5e 400e9 (4), v5p 1200e9 (6), v6e 800e9 (4), TPU7x 1200e9 (6). An axis of a v5e or v6e slice
+closes to a ring at 16 chips; v4, v5p and TPU7x slices of whole cubes of 4x4x4 close on every axis ("How to
+Scale Your Model", jax-ml.github.io/scaling-book/tpus, which also gives about a microsecond a hop).
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ def named(chip: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def find(name: str) -> Slice:
-    """The slice of that name: "v5e-16", "v5p-128", or a chip and a topology, "v6e:4x8". A chip alone is its smallest
-    slice with more than one chip.
+    """The slice of that name: "v5e-16", "v5p-128", or a chip and a topology, "v6e:4x8".
+
+    A chip alone is its smallest slice of several chips.
 
     Raises:
       InputError: no such chip or slice; says which there are.

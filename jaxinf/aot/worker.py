@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinf.aot import lowering, memory, topology
+from jaxinf.aot import collectives, lowering, memory, topology, wires
 from jaxinf.aot.failures import explain, kind
+from jaxinf.aot.hlo import Instruction
 from jaxinf.aot.job import Job
 from jaxinf.aot.report import Report
-from jaxinf.aot.static import Estimate, dump, operands
+from jaxinf.aot.static import Estimate, Operation, Timeline, dump, operands, timeline
 from jaxinf.aot.static.machine import machine
 from jaxinf.core.record import to_record
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.named import Call
 
 
@@ -30,7 +32,7 @@ def main() -> None:
     sys.path[:0] = setup["paths"]
     for line in sys.stdin:
         task = json.loads(line)
-        answer = _answer(Job(task["function"], task["arguments"]), setup, task["keep"])
+        answer = _answer(Job(task["function"], task["arguments"], task["static"]), setup, task["keep"])
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -54,9 +56,13 @@ def compile_job(job: Job, chip: str, dumps: str | None = None, keep: str | None 
       keep: where to move them; None: they are removed.
     """
     call = job.make(topology.devices(chip))
+    mesh, estimate, whole = _mesh(call), None, None
     try:
-        compiled = lowering.lower(call.fn, *call.args, chip=chip, mesh=_mesh(call), donate=call.donate)
-        estimate = None if dumps is None else _estimate(compiled, call, dumps)
+        compiled = lowering.lower(call.fn, *call.args, chip=chip, mesh=mesh, donate=call.donate)
+        if dumps is not None and job.static == "operations":
+            estimate = _estimate(compiled, call, dumps)
+        elif dumps is not None and job.static == "program":
+            whole = _timeline(compiled, call, dumps, mesh)
     finally:
         if dumps is not None:
             _clear(dumps, keep)
@@ -70,6 +76,7 @@ def compile_job(job: Job, chip: str, dumps: str | None = None, keep: str | None 
         flops=float(cost.get("flops", 0.0)),
         bytes=float(cost.get("bytes accessed", 0.0)),
         estimate=estimate,
+        timeline=whole,
     )
 
 
@@ -81,9 +88,7 @@ def _mesh(call: Call) -> Any:
 
 def _estimate(compiled: lowering.Compiled, call: Call, dumps: str) -> Estimate:
     where = topology.find(compiled.chip)
-    flat = [leaf if isinstance(leaf, np.ndarray) else None for leaf in jax.tree.leaves(call.args)]
-    kernels = operands.of_kernels(compiled.jaxpr, flat)
-    operations, prefetched = dump.operations(dumps, machine(where.chip), kernels, compiled.cores)
+    operations, prefetched = _operations(compiled, call, dumps)
     stated = bool(call.work.flops or call.work.bytes)
     return Estimate(
         chip=where.chip.name,
@@ -95,6 +100,40 @@ def _estimate(compiled: lowering.Compiled, call: Call, dumps: str) -> Estimate:
         operations=operations,
         prefetched=prefetched,
     )
+
+
+def _operations(compiled: lowering.Compiled, call: Call, dumps: str) -> tuple[tuple[Operation, ...], int]:
+    flat = [leaf if isinstance(leaf, np.ndarray) else None for leaf in jax.tree.leaves(call.args)]
+    kernels = operands.of_kernels(compiled.jaxpr, flat)
+    chip = topology.find(compiled.chip).chip
+    return dump.operations(dumps, machine(chip), kernels, compiled.cores)
+
+
+def _timeline(compiled: lowering.Compiled, call: Call, dumps: str, mesh: Any) -> Timeline:
+    where = topology.find(compiled.chip)
+    operations, _ = _operations(compiled, call, dumps)
+    places = [] if mesh is None else [_place(device) for device in mesh.devices.flat]
+
+    def collective(instruction: Instruction) -> float:
+        found = collectives.one(instruction)
+        return wires.seconds(found.kind, found.bytes, wires.between(where, [places[i] for i in found.group]))
+
+    return timeline(
+        compiled.text,
+        {o.name: o for o in operations},
+        clock=where.chip.clock,
+        bandwidth=where.chip.bandwidth * compiled.cores / where.chip.cores,
+        collective=collective,
+    )
+
+
+def _place(device: Any) -> tuple[int, ...]:
+    """Where a device stands: its chip's coordinates along the slice's axes, and which of the chip's it is."""
+    axes = len(topology.find(_CHIPS[device.device_kind]).shape)
+    return (*device.coords[:axes], getattr(device, "core_on_chip", 0))
+
+
+_CHIPS = {kind: name for name, chip in CHIPS.items() for kind in chip.kinds}
 
 
 def _clear(dumps: str, keep: str | None) -> None:

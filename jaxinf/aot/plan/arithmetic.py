@@ -156,7 +156,7 @@ def all_meshes(case: Case, where: Slice) -> list[dict[str, int]]:
     experts = any(isinstance(layer.ffn, MoESpec) for layer in case.spec.layers())
     meshes_found = []
     for sizes in _factors(where.devices, len(AXES)):
-        named = dict(zip(AXES, sizes, strict=True))
+        named: dict[str, int] = dict(zip(AXES, sizes, strict=True))
         if (named["expert"] > 1 and not experts) or named["data"] * named["expert"] > case.batch:
             continue
         try:

@@ -22,7 +22,8 @@ def ranked(case: Case, where: Slice) -> list[Found]:
     found = [arithmetic.found(case, where, sizes) for sizes in arithmetic.all_meshes(case, where)]
     if not found:
         raise InputError(
-            f"no mesh over the {where.devices} devices of {where.name} divides {case.model}: {_reasons(case, where)}"
+            f"no mesh over the {where.devices} devices of {where.name} divides {case.model}: "
+            f"{_reasons(case, where)}"
         )
     return sorted(found, key=lambda f: key(f))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxinf.aot.plan.types import Case, Sizes
 from jaxinf.checkpoint.parameters import abstract
-from jaxinf.layers import AttentionSpec, LayerSpec, MoESpec, TokenChoice
+from jaxinf.layers import AttentionSpec, ExpertChoice, LayerSpec, MoESpec, TokenChoice
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.placing import placements
 from pallas_kernels import chips
@@ -91,7 +91,11 @@ def _weight(case: Case, each: Placed, shape: tuple[int, ...]) -> Weight:
 
 def chosen(ffn: MoESpec) -> float:
     """Experts that a token goes to."""
-    return ffn.router.top_k if isinstance(ffn.router, TokenChoice) else ffn.router.capacity_factor
+    router = ffn.router
+    if isinstance(router, TokenChoice):
+        return router.top_k
+    assert isinstance(router, ExpertChoice)
+    return router.capacity_factor
 
 
 def touched(share: float, tokens: float) -> float:

@@ -2,9 +2,10 @@
 
 Per layer and pass over x = [rows, tokens, d_model] on a chip:
 
-  tensor    two all-reduces of x: after attention and after the feed-forward (Megatron, arXiv:1909.08053); one more of
-            x after the embedding, whose vocabulary is split
-  expert    two all-to-alls of x times the experts chosen for a token: dispatch and combine (GShard, arXiv:2006.16668)
+  tensor    two all-reduces of x: after attention and after the feed-forward (Megatron, arXiv:1909.08053); one more
+            of x after the embedding, whose vocabulary is split
+  expert    two all-to-alls of x times the experts chosen for a token: dispatch and combine (GShard,
+            arXiv:2006.16668)
   sequence  decoding: an all-reduce of attention's output and its two sums, in float32 (Flash-Decoding); prefill:
             keys and values go once around the ring (Ring Attention, arXiv:2310.01889)
   pipeline  x to the next stage at each tick; what the last stage says, to all
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from jaxinf.aot.plan import wires
+from jaxinf.aot import wires
 from jaxinf.aot.plan.sizes import chosen, entry, heads, rows, stage
 from jaxinf.aot.plan.types import Case, Sizes, Use
 from jaxinf.aot.slices import Slice
@@ -34,7 +35,7 @@ def uses(case: Case, where: Slice, sizes: Sizes, tokens: float, *, ring: bool) -
     Args:
       ring: whether the pass's own tokens are split over `sequence` (a fresh prefill), not the cache alone.
     """
-    b, pipeline, sequence = rows(case, sizes), sizes.get("pipeline", 1), sizes.get("sequence", 1)
+    b, sequence = rows(case, sizes), sizes.get("sequence", 1)
     local = tokens / sequence if ring else tokens
     x = math.ceil(b * local * case.spec.d_model * jnp.dtype(case.dtype).itemsize)
     counted: dict[tuple[str, str, int], float] = defaultdict(float)
@@ -67,7 +68,8 @@ def uses(case: Case, where: Slice, sizes: Sizes, tokens: float, *, ring: bool) -
 
 def micro_batches(case: Case, sizes: Sizes) -> int:
     """Parts of the batch that are in the pipeline's stages at once."""
-    return min(sizes.get("pipeline", 1), rows(case, sizes))
+    held = rows(case, sizes)
+    return max(m for m in range(1, sizes.get("pipeline", 1) + 1) if held % m == 0)
 
 
 def ticks(case: Case, sizes: Sizes) -> tuple[int, int]:

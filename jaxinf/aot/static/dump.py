@@ -4,15 +4,16 @@ import os
 import re
 from collections.abc import Sequence
 
+from jaxinf.aot import hlo as hlo_text
 from jaxinf.aot.shapes import shape_bytes
 from jaxinf.aot.static import emulator
 from jaxinf.aot.static.bundles import Program, programs
 from jaxinf.aot.static.machine import Machine
-from jaxinf.aot.static.operands import Operand, Operands, pack
+from jaxinf.aot.static.operands import Kernel, Operand, Operands, pack
 from jaxinf.aot.static.report import Loop, Occupancy, Operation, Region, Span
+from jaxinf.aot.static.timeline import is_collective
 
 PASSES = "(packed-bundles-post-ra|pre-delay|final_hlo|static-bundle-profile)"
-_COLLECTIVE = re.compile(r"^(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)")
 _SHORT = 0.01  # of an operation's cycles: shorter spans are left out
 
 
@@ -25,7 +26,7 @@ def flags(folder: str) -> str:
 
 
 def operations(
-    folder: str, machine: Machine, kernels: Sequence[Operands], cores: int
+    folder: str, machine: Machine, kernels: Sequence[Kernel], cores: int
 ) -> tuple[tuple[Operation, ...], int]:
     """The operations that were dumped in `folder`, and the bytes that XLA's own asynchronous copies move.
 
@@ -37,17 +38,16 @@ def operations(
     """
     hlo, profile = _read(folder, "TLP-hlo.txt"), _read(folder, "hlo-static-bundle-profile.txt")
     calls = _kernel_calls(hlo)
+    known = _matched(calls, kernels, hlo)
+    told = _collectives(hlo)
     layouts = dict(re.findall(r"^\s*(?:ROOT )?%(\S+) = \(?[\w\[\], ]+\]?(\{[^}]*\})?", hlo, re.M))
     found = []
     for program in programs(folder, machine):
-        if _COLLECTIVE.match(program.name):
+        if program.name in told:
             continue
         words, vmem = {}, 0
         if program.name in calls:
-            names = calls[program.name]
-            index = list(calls).index(program.name)
-            known = kernels[index] if len(kernels) == len(calls) else kernels[0] if len(kernels) == 1 else []
-            words = _words(names, known, layouts, hlo)
+            words = _words(calls[program.name], known.get(program.name, []), layouts, hlo)
             vmem = _vmem(profile, program.name)
         found.append(_operation(program, words, cores, vmem, program.name in calls))
     copies = re.finditer(r" = \((\w+\[[\d,]*\]).*? (?:copy|slice|dynamic-slice)-start\(", hlo)
@@ -69,6 +69,36 @@ def _kernel_calls(hlo: str) -> dict[str, list[str]]:
     for m in re.finditer(pattern, hlo, re.M):
         calls[m[1]] = [re.sub(r"/\*.*?\*/", "", name).strip().lstrip("%") for name in m[2].split(", ")]
     return calls
+
+
+def _matched(calls: dict[str, list[str]], kernels: Sequence[Kernel], hlo: str) -> dict[str, Operands]:
+    """What is known of the operands of each kernel's operation: by name and shapes, equal ones in program order."""
+    found, used = {}, set()
+    for name in calls:
+        line = re.search(
+            rf"%{re.escape(name)} = .*? custom-call\(.*?operand_layout_constraints=\{{(.*?\}})\}}", hlo
+        )
+        shapes = tuple(re.findall(r"\w+\[[\d,]*\]", line[1])) if line else ()
+        alike = [i for i, k in enumerate(kernels) if k.shapes[: len(shapes)] == shapes]
+        same = [i for i in alike if name.startswith(kernels[i].name)] or alike
+        chosen = next((i for i in same if i not in used), same[0] if same else None)
+        if chosen is None and len(kernels) == len(calls):
+            chosen = list(calls).index(name)
+        if chosen is not None:
+            used.add(chosen)
+            found[name] = kernels[chosen].operands
+    return found
+
+
+def _collectives(text: str) -> set[str]:
+    """Names of the operations that talk to other chips, fusions around them included."""
+    computations, _ = hlo_text.computations(text)
+    return {
+        i.name
+        for lines in computations.values()
+        for i in hlo_text.instructions(lines)
+        if is_collective(i, computations)
+    }
 
 
 def _words(names: Sequence[str], known: Operands, layouts: dict[str, str], hlo: str) -> dict[int, list[int]]:

@@ -1,4 +1,4 @@
-"""Values of the small integer operands that steer a kernel, found by running what surrounds it in the jaxpr."""
+"""The small integer operands that steer kernels, as scalar memory holds them."""
 
 import math
 import re
@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinf.aot.static import values
 from jaxinf.aot.static.scalars import signed
 
 _MOST_OPERAND = 1 << 20  # elements of an operand that is kept
-_MOST_COMPUTED = 1 << 21  # elements that a step of the surroundings may read
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
-_LOOPS = ("scan", "while", "cond")
 
 
 @dataclass(frozen=True)
@@ -31,49 +29,26 @@ class Operand:
 Operands = list[Operand | None]  # of one kernel, in order; None: unknown
 
 
-def of_kernels(closed: Any, args: Sequence[np.ndarray | None]) -> list[Operands]:
-    """For each `pallas_call` outside of loops in a closed jaxpr, what is known of its operands.
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's call, and what is known of its operands.
+
+    Attributes:
+      shapes: of its operands, such as "s32[8]".
+    """
+
+    name: str
+    shapes: tuple[str, ...]
+    operands: Operands
+
+
+def of_kernels(closed: Any, args: Sequence[np.ndarray | None]) -> list[Kernel]:
+    """For each `pallas_call` in a closed jaxpr, what is known of its operands.
 
     Args:
       args: values of the flat arguments, None where only the shape is known.
     """
-    found: list[Operands] = []
-
-    def evaluate(equation: Any, values: list[Any]) -> list[Any] | None:
-        if any(v is None for v in values) or sum(np.size(v) for v in values) >= _MOST_COMPUTED:
-            return None
-        if "pallas" in str(equation.params.get("name", "")):
-            return None
-        try:
-            bound = equation.primitive.get_bind_params(equation.params)
-            functions, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
-            answer = equation.primitive.bind(*functions, *values, **params)
-        except Exception:  # a primitive that needs more than values: what it gives stays unknown
-            return None
-        return list(answer) if equation.primitive.multiple_results else [answer]
-
-    def visit(jaxpr: Any, constants: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-        known = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, given, strict=True))
-
-        def value(v: Any) -> Any:
-            return v.val if hasattr(v, "val") else known.get(v)
-
-        for equation in jaxpr.eqns:
-            values = [value(v) for v in equation.invars]
-            results: list[Any] = [None] * len(equation.outvars)
-            inner = next((equation.params[k] for k in _INNER if k in equation.params), None)
-            if equation.primitive.name == "pallas_call":
-                found.append([_operand(v) for v in values])
-            elif (answer := evaluate(equation, values)) is not None:
-                results = answer
-            elif inner is not None and equation.primitive.name not in _LOOPS:
-                closed = hasattr(inner, "jaxpr")
-                results = visit(inner.jaxpr, inner.consts, values) if closed else visit(inner, (), values)
-            known.update(zip(equation.outvars, results, strict=True))
-        return [value(v) for v in jaxpr.outvars]
-
-    visit(closed.jaxpr, closed.consts, args)
-    return found
+    return [Kernel(k.name, k.shapes, [_operand(v) for v in k.values]) for k in values.kernels(closed, args)]
 
 
 def _operand(value: Any) -> Operand | None:

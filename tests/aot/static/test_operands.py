@@ -64,6 +64,6 @@ def test_operands_are_followed_through_the_program() -> None:
     shape = jax.ShapeDtypeStruct((16, 128), jnp.float32)
     closed = jax.make_jaxpr(fn)(jax.ShapeDtypeStruct((2,), jnp.int32), shape)
     known = of_kernels(closed, [np.array([5, 6], np.int32), None])
-    assert [k[0].values if k[0] else None for k in known] == [(11, 13), (9, 8)]
-    assert [k[1] for k in known] == [None, None]
-    assert of_kernels(closed, [None, None])[0][0] is None
+    assert [k.operands[0].values if k.operands[0] else None for k in known] == [(11, 13), (9, 8)]
+    assert [k.operands[1] for k in known] == [None, None]
+    assert of_kernels(closed, [None, None])[0].operands[0] is None

@@ -8,9 +8,9 @@ ends are not joined is as fast as a ring that uses each link in one direction.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxinf.aot.plan.types import Sizes
 from jaxinf.aot.slices import HOP, Slice
 from sharding.collectives import AXES
 
@@ -45,7 +45,7 @@ class Way:
 Ways = tuple[Way, ...]
 
 
-def ways(where: Slice, sizes: Sizes) -> dict[str, Ways]:
+def ways(where: Slice, sizes: Mapping[str, int]) -> dict[str, Ways]:
     """What each axis of a mesh runs along: whole axes of the slice where sizes agree, the innermost axis first."""
     link = where.facts.wires.link
     left = [Way(n, ring, link) for n, ring in zip(where.shape, where.rings, strict=True) if n > 1]
@@ -80,6 +80,26 @@ def _choices(n: int, count: int) -> list[tuple[int, ...]]:
     if count == 0:
         return [()]
     return [(*head, last) for last in range(n) for head in _choices(last, count - 1)]
+
+
+def between(where: Slice, places: Sequence[tuple[int, ...]]) -> Ways:
+    """What a group of chips at these coordinates runs along: the box that they fill, or else one long line.
+
+    A last coordinate beyond the slice's axes counts the devices of a chip.
+    """
+    link = where.facts.wires.link
+    axes = [
+        *zip(where.shape, where.rings, [link] * len(where.shape), strict=True),
+        (where.facts.devices, False, ON_CHIP * link),
+    ]
+    found = []
+    for axis, (length, ring, rate) in enumerate(axes):
+        at = {place[axis] for place in places if axis < len(place)}
+        if len(at) > 1:
+            found.append(Way(len(at), ring and len(at) == length, rate))
+    if math.prod(way.length for way in found) != len(places):
+        return (Way(len(places), False, link),)
+    return tuple(found)
 
 
 def seconds(kind: str, size: float, way: Ways) -> float:
