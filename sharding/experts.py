@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ PLAN_BYTES = 1 << 21
 """What an exchange must save to be worth its plan, the sorting of tokens by destination: a v5e sends this much over
 one axis in the time that the plan takes there by the static model, some 25 microseconds."""
 
-WINDOW, LEAST_WINDOW = 2.0, 1024
+WINDOW, LEAST_WINDOW = 1.5, 1024
 """Pairs of a row and an expert that a chip serves at a time: so many times its share of a balanced load, and at
 least so many. More come one window after the other, which bounds memory whatever the load."""
 
@@ -39,20 +39,14 @@ class Serve(Protocol):
     """What the experts of this chip add to rows: the weighed sum of their outputs.
 
     Takes `rows [R, d]`, `local` int32 `[R, k]` (places of experts among those of this chip; their number where
-    there is none), `weights` float32 `[R, k]`. Only the first `count` rows have experts (None: any may), which may
-    be served `window` at a time (static; None: all at once). Returns `[R, d]` in `dtype`, default float32.
+    there is none) and `weights` float32 `[R, k]`, and gives float32 `[R, d]`.
+
+    With `count` and `window` (static) it takes and gives `[R, ...]`, rows of d numbers in any shape: the first
+    `count` rows alone have experts, those are in front of what is none, and `window` pairs of a row and an expert
+    are to be served at a time.
     """
 
-    def __call__(
-        self,
-        rows: jax.Array,
-        local: jax.Array,
-        weights: jax.Array,
-        *,
-        count: jax.Array | None = None,
-        window: int | None = None,
-        dtype=None,
-    ) -> jax.Array: ...
+    def __call__(self, rows: jax.Array, local: jax.Array, weights: jax.Array, /, **window: Any) -> jax.Array: ...
 
 
 def reached(experts: int, top_k: int, chips: int) -> float:
@@ -95,29 +89,38 @@ def spread(x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: int, se
     if chips == 1:
         return serve(x, chosen, weights)
     (n, d), k, here = x.shape, chosen.shape[1], experts // chips
-    routes = jnp.concatenate([chosen, jax.lax.bitcast_convert_type(weights, jnp.int32)], axis=1)
-    routes = all_gather(routes, "expert", 0)
-    everywhere, weights = routes[:, :k], jax.lax.bitcast_convert_type(routes[:, k:], jnp.float32)
+    # As one array of float32, which has gradients and is exact for any number of experts.
+    routes = all_gather(jnp.concatenate([chosen.astype(jnp.float32), weights], axis=1), "expert", 0)
+    everywhere, weights = routes[:, :k].astype(jnp.int32), routes[:, k:]
     local = everywhere - index("expert") * here
     local = jnp.where((local >= 0) & (local < here), local, here)
-    if k > here:
+    exchange = exchanges(n, d, x.dtype.itemsize, chips, experts=experts, top_k=k)
+    if exchange or k > here:
         local, weights = (part[:, :here] for part in jax.lax.sort((local, weights), dimension=1, num_keys=1))
-    if not exchanges(n, d, x.dtype.itemsize, chips, experts=experts, top_k=k):
+    if not exchange:
         return reduce_scatter(serve(all_gather(x, "expert", 0), local, weights), "expert", 0)
 
     plan = _Plan.of(everywhere.reshape(chips, n, k) // here, n)
     comes = _listed(jnp.any(local < here, axis=1))
     slots = local.shape[1]
     served = serve(
-        plan.there(jnp.take(x, plan.sent % n, axis=0, mode="clip")),
+        plan.there(jnp.take(_cells(x), plan.sent % n, axis=0, mode="clip")),
         # Sorted behind the rows that came are those that did not: their experts are none.
         jnp.take(local, comes, axis=0, mode="clip"),
         jnp.take(weights, comes, axis=0, mode="clip"),
         count=jnp.sum(plan.arrive),
-        window=math.ceil(max(WINDOW * n * k, LEAST_WINDOW) / slots),
-        dtype=x.dtype,
+        window=min(max(math.ceil(WINDOW * n * k), LEAST_WINDOW, slots), chips * n * slots),
     )
-    return plan.sum(plan.back(served), chosen // here)
+    return plan.sum(plan.back(served), chosen // here).reshape(n, d)
+
+
+def _cells(x: jax.Array) -> jax.Array:
+    """`x [N, d]` as `[N, a, b]`, whose rows are whole tiles of a TPU; rows of a matrix move at half the speed."""
+    n, d = x.shape
+    rows = 32 // x.dtype.itemsize
+    if d % 128:
+        return x
+    return x.reshape(n, rows, -1) if d % (rows * 128) == 0 else x.reshape(n, -1, 128)
 
 
 def _listed(which: jax.Array) -> jax.Array:
@@ -178,7 +181,7 @@ class _Plan:
         )
 
     def there(self, rows: jax.Array) -> jax.Array:
-        """`[min(k, chips) * n, d]` as they leave -> `[chips * n, d]` as they arrive."""
+        """`[min(k, chips) * n, ...]` as they leave -> `[chips * n, ...]` as they arrive."""
         room = self.goes.shape[0] * self.n
         return _moved(rows, room, self.n, self.leave, self.arrive, self.landing)
 
@@ -187,15 +190,18 @@ class _Plan:
         return _moved(rows, self.sent.shape[0], self.n, self.arrive, self.leave, self.returning)
 
     def sum(self, rows: jax.Array, owners: jax.Array) -> jax.Array:
-        """float32 `[n, d]`: the sums over each token's rows, `rows` as they left. owners: int32 `[n, k]`."""
+        """float32 `[n, ...]`: the sums over each token's rows, as they left. owners: int32 `[n, k]`."""
         place, goes = self.place.T, self.goes.T
         k = owners.shape[1]
         if k < place.shape[1]:
             earlier = jnp.arange(k)[:, None] > jnp.arange(k)
             goes = ~jnp.any((owners[:, :, None] == owners[:, None, :]) & earlier, axis=2)
             place = jnp.take_along_axis(place, owners, axis=1)
-        picked = jnp.take(rows, place, axis=0, mode="clip").astype(jnp.float32)
-        return jnp.sum(jnp.where(goes[:, :, None], picked, 0), axis=1)
+        total = jnp.zeros((place.shape[0], *rows.shape[1:]), jnp.float32)
+        for j in range(place.shape[1]):
+            mine = goes[:, j].reshape(-1, *[1] * (rows.ndim - 1))
+            total = total + jnp.where(mine, jnp.take(rows, place[:, j], axis=0, mode="clip"), 0)
+        return total
 
 
 def _moved(rows, room: int, most: int, leave, arrive, landing) -> jax.Array:
@@ -211,7 +217,7 @@ def _moved(rows, room: int, most: int, leave, arrive, landing) -> jax.Array:
 
 
 def _ragged(rows, leave, arrive, landing, room: int) -> jax.Array:
-    out = jnp.zeros((room, rows.shape[1]), rows.dtype)
+    out = jnp.zeros((room, *rows.shape[1:]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, out, _before(leave), leave, landing, arrive, axis_name="expert")
 
 

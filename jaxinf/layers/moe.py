@@ -15,7 +15,8 @@ from jaxinf.core.stacked import unstack
 from jaxinf.layers.ffn import FFN, ActivationSpec, FFNSpec, Gated
 from jaxinf.layers.linear import Linear
 from jaxinf.layers.parameters import constant, normal
-from jaxinf.layers.routing import by_pairs, by_rows
+from jaxinf.layers.routing import by_pairs, by_rows, in_windows
+from jaxinf.quant import stored
 from pallas_kernels import grouped_matmul
 from pallas_kernels.errors import UnsupportedError
 from sharding import collectives, zigzag
@@ -89,7 +90,7 @@ class Experts(nnx.Module):
         e, w = spec.experts, spec.width
         wide, back = ("expert", "embed", "expert_ffn"), ("expert", "expert_ffn", "embed")
         self.activation = spec.activation
-        make = partial(normal, rngs, dtype=dtype, in_place=True)
+        make = partial(normal, rngs, dtype=dtype, in_place=True, quantizable=True)
         self.up = make((e, d, w), wide, std=d**-0.5)
         self.gate = make((e, d, w), wide, std=d**-0.5) if spec.activation.gated else None
         self.down = make((e, w, d), back, std=w**-0.5)
@@ -104,8 +105,9 @@ class Experts(nnx.Module):
         without the last bias (`added`); partial sums where the width is split over `tensor`."""
 
         def project(x, weight):
-            matrices, layer = unstack(weight.get_value())
-            return grouped_matmul(x, matrices, sizes, layer=layer)
+            values, scales = stored(weight.get_value())
+            (matrices, layer), (scales, _) = unstack(values), unstack(scales)
+            return grouped_matmul(x, matrices, sizes, layer=layer, rhs_scale=scales)
 
         def hidden(weight, bias):
             y = project(rows, weight).astype(jnp.float32)
@@ -159,7 +161,7 @@ class MoE(nnx.Module):
             out, loss = self._expert_choice(x, scores, self.spec.router), jnp.zeros((), jnp.float32)
         else:
             out, loss = self._token_choice(x, scores, None if cached else logits, self.spec.router)
-        out = collectives.psum(out, "tensor").astype(x.dtype)
+        out = collectives.psum(out.astype(x.dtype), "tensor")
         if self.shared is not None:
             shared, _ = self.shared(x)
             if self.shared_gate is not None:
@@ -170,9 +172,11 @@ class MoE(nnx.Module):
     def _token_choice(self, x, scores, logits, router) -> tuple[jax.Array, jax.Array]:
         b, t, d = x.shape
         k, experts = router.top_k, self.spec.experts
-        ranked = scores if self.selection_bias is None else scores + self.selection_bias[...]
-        _, chosen = jax.lax.top_k(ranked, k)
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if self.selection_bias is None:
+            weights, chosen = jax.lax.top_k(scores, k)
+        else:
+            _, chosen = jax.lax.top_k(scores + self.selection_bias[...], k)
+            weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if router.normalise:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights * router.scale
@@ -187,9 +191,10 @@ class MoE(nnx.Module):
         share, mean = collectives.psum((share / own, mean / own), "data", "sequence", "expert")
         return out.reshape(b, t, d), experts * jnp.sum(share * mean)
 
-    def _served(self, rows, local, weights, **options) -> jax.Array:
+    def _served(self, rows, local, weights, **window) -> jax.Array:
+        serve = in_windows if window else by_rows
         held = self.spec.experts // collectives.size("expert")
-        return by_rows(rows, local, weights, self.experts, experts=held, bias=self.experts.added, **options)
+        return serve(rows, local, weights, self.experts, experts=held, bias=self.experts.added, **window)
 
     def _expert_choice(self, x, scores, router) -> jax.Array:
         """A chip's experts choose among the tokens of all chips, and serve those of its own `expert` group."""
@@ -197,7 +202,7 @@ class MoE(nnx.Module):
         held = self.spec.experts // collectives.size("expert")
         whole = router.among == "batch"
         scores = all_gather(all_to_all(scores, "expert", split=2, concat=0), "data", 0)
-        if whole:
+        if whole and t > 1:
             scores = zigzag.whole(scores)
         rows, columns, _ = scores.shape
         groups = scores.reshape(1, rows * columns, held) if whole else scores.swapaxes(0, 1)
