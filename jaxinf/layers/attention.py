@@ -74,7 +74,7 @@ class Attention(nnx.Module):
     def __init__(self, spec: AttentionSpec, d_model: int, *, rngs: nnx.Rngs, dtype):
         self.spec = spec
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        make = dict(rngs=rngs, dtype=dtype)
+        make = dict(rngs=rngs, dtype=dtype, quantizable=True)
         self.query = Linear(d_model, q, axes=("embed", "heads"), bias=spec.qkv_bias, **make)
         self.key = Linear(d_model, kv, axes=("embed", "kv_heads"), bias=spec.qkv_bias, **make)
         self.value = Linear(d_model, kv, axes=("embed", "kv_heads"), bias=spec.qkv_bias, **make)
@@ -126,7 +126,9 @@ class Attention(nnx.Module):
         )
         if cache is None and step.zigzag:
             if segment_ids is not None:
-                raise UnsupportedError("segment_ids are for passes that are not split over `sequence`: use sequence=1.")
+                raise UnsupportedError(
+                    "segment_ids are for passes that are not split over `sequence`: use sequence=1."
+                )
             out = attend_alone(rule.turn(q, step.positions), rule.turn(k, step.positions), v, step, rule)
         elif cache is None:
             out = flash_attention(

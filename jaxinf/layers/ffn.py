@@ -99,7 +99,7 @@ class FFNSpec:
 class FFN(nnx.Module):
     def __init__(self, spec: FFNSpec, d_model: int, *, rngs: nnx.Rngs, dtype):
         self.spec = spec
-        make: dict[str, Any] = dict(bias=spec.bias, rngs=rngs, dtype=dtype)
+        make: dict[str, Any] = dict(bias=spec.bias, rngs=rngs, dtype=dtype, quantizable=True)
         self.up = Linear(d_model, spec.width, axes=("embed", "ffn"), **make)
         self.gate = Linear(d_model, spec.width, axes=("embed", "ffn"), **make) if spec.activation.gated else None
         self.down = Linear(spec.width, d_model, axes=("ffn", "embed"), **make)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinf.layers.parameters import constant, normal
+from jaxinf.quant import stored
 from pallas_kernels import quantized_matmul
 from pallas_kernels.stored import from_bits, to_bits
 from sharding.collectives import index, psum, size
@@ -18,14 +19,25 @@ class Linear(nnx.Module):
     last axis of x, the chips' products are added (Shoeybi et al. 2019, Megatron-LM, sec. 3).
     """
 
-    def __init__(self, n_in: int, n_out: int, *, axes: tuple[str | None, str | None], bias=False, rngs, dtype):
-        self.kernel = normal(rngs, (n_in, n_out), axes, dtype, std=n_in**-0.5)
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        axes: tuple[str | None, str | None],
+        bias=False,
+        rngs,
+        dtype,
+        quantizable=False,
+    ):
+        self.kernel = normal(rngs, (n_in, n_out), axes, dtype, std=n_in**-0.5, quantizable=quantizable)
         self.bias = constant(0.0, (n_out,), axes[1:], dtype) if bias else None
         self._summed = RULES[axes[0]] if axes[0] is not None else ()
 
     def __call__(self, x: jax.Array, *, out=None) -> jax.Array:
         """`x [..., in]` -> `[..., out]` in dtype `out` (default: x's)."""
-        y = quantized_matmul(x, self.kernel[...], out_dtype=jnp.float32)
+        kernel, scales = stored(self.kernel.get_value())
+        y = quantized_matmul(x, kernel, scales, out_dtype=jnp.float32)
         if size(*self._summed) > 1:
             # In the dtype of the result: half the bytes on the wires.
             y = psum(y.astype(x.dtype if out is None else out), *self._summed).astype(jnp.float32)

@@ -16,14 +16,16 @@ def normal(
     *,
     std: float,
     in_place: bool = False,
+    quantizable: bool = False,
 ) -> nnx.Param:
     """A parameter drawn from N(0, std^2).
 
     axes: names each dimension for the sharding rules.
     in_place: its module takes a `jaxinf.core.stacked.Stacked` for it, which saves cutting it out of a stack.
+    quantizable: its module takes a `jaxinf.quant.QTensor` for it.
     """
     value = _draw(rngs.params(), tuple(shape), jnp.dtype(dtype), std)
-    return nnx.Param(value, logical_axes=tuple(axes), in_place=in_place)
+    return nnx.Param(value, logical_axes=tuple(axes), in_place=in_place, quantizable=quantizable)
 
 
 def is_in_place(path, value) -> bool:

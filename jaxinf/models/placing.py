@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -13,6 +14,7 @@ from jaxinf.layers import LayerSpec, MoESpec
 from jaxinf.models.causal_lm import CausalLM, Layout
 from jaxinf.models.pipeline import in_stages
 from jaxinf.models.spec import ModelSpec
+from jaxinf.quant import parts
 from pallas_kernels.errors import InputError, UnsupportedError
 from sharding import rules
 from sharding.collectives import AXES
@@ -50,7 +52,8 @@ def placements(model: CausalLM, sizes: Mapping[str, int]) -> list[Placed]:
       InputError: as `check`.
     """
     check(model.spec, sizes, model.layout)
-    return [_placed(model, sizes, path, variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
+    flat = nnx.to_flat_state(nnx.state(model))
+    return [placed for path, variable in flat for placed in _placed(model, sizes, path, variable)]
 
 
 def place_model(model: CausalLM, mesh: Mesh) -> CausalLM:
@@ -65,7 +68,7 @@ def place_model(model: CausalLM, mesh: Mesh) -> CausalLM:
     before = mesh_of(model)
     now = placements(model, {} if before is None else before.shape)
     then = placements(model, mesh.shape)
-    values = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(model))]
+    values = _arrays(model)
     moved = {}
     for value, old, new in zip(values, now, then, strict=True):
         moved[new.path] = new.place(value if before is None else old.fetch(value), mesh)
@@ -91,37 +94,40 @@ def unplace(model: CausalLM) -> CausalLM:
     if mesh is None:
         return model
     whole = {}
-    for placed, (path, variable) in zip(
-        placements(model, mesh.shape), nnx.to_flat_state(nnx.state(model)), strict=True
-    ):
-        value = variable.get_value()
+    for placed, value in zip(placements(model, mesh.shape), _arrays(model), strict=True):
         if not value.is_fully_addressable:
             raise UnsupportedError("this process has only a part of the model; gather it where all parts are")
-        whole[path] = placed.fetch(value)
+        whole[placed.path] = placed.fetch(value)
     return _with(model, whole)
 
 
 def mesh_of(model: CausalLM) -> Mesh | None:
     """The mesh that `place_model` spread the model over, or None."""
-    for _, variable in nnx.to_flat_state(nnx.state(model)):
-        where = getattr(variable.get_value(), "sharding", None)
+    for value in _arrays(model):
+        where = getattr(value, "sharding", None)
         if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES:
             assert isinstance(where.mesh, Mesh)
             return where.mesh
     return None
 
 
+def _arrays(model: CausalLM) -> list[Any]:
+    """In the order of `placements`."""
+    return jax.tree.leaves([variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(model))])
+
+
 def _with(model: CausalLM, values: Mapping[tuple[Any, ...], Any]) -> CausalLM:
     graph, state = nnx.split(model)
-    flat = nnx.to_flat_state(state)
-    return nnx.merge(graph, nnx.from_flat_state([(path, v.replace(values[path])) for path, v in flat]))
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        new = [values[path if name is None else (*path, name)] for name, *_ in parts(variable.get_value(), "??")]
+        flat.append((path, variable.replace(jax.tree.unflatten(jax.tree.structure(variable.get_value()), new))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], variable: Any) -> Placed:
-    value, logical = variable.get_value(), variable.get_metadata().get("logical_axes")
+def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], variable: Any) -> Iterator[Placed]:
+    logical = variable.get_metadata().get("logical_axes")
     at = ".".join(map(str, path))
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise UnsupportedError(f"{at} is a {type(value).__name__}; plain arrays alone can be placed so far")
     assert logical is not None, f"{at} has no logical axes"
     attention, whole = None, False
     if path[0] == "segments":
@@ -130,21 +136,24 @@ def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], va
         if model.layout == "stacked":
             logical = ("layers", *logical)
             whole = not in_stages(model.spec, int(path[1]))
-    dims = []
-    for i, (size, name) in enumerate(zip(value.shape, logical, strict=True)):
-        if name == "vocab":
-            dims.append(padded(model.spec.vocab, sizes.get("tensor", 1)))
-        elif name == "kv_heads":
-            assert attention is not None
-            # Heads and their channels are one dimension, or two.
-            own = attention.kv_heads * (attention.head_dim if i == len(logical) - 1 else 1)
-            dims.append(repeated(own, attention.kv_heads, sizes.get("tensor", 1)))
-        else:
-            dims.append(Dim(size))
-    partition = rules.spec(logical)
-    if whole:
-        partition = PartitionSpec(None, *partition[1:])
-    return Placed(path, np.dtype(value.dtype), tuple(dims), partition)
+    for field, value, names in parts(variable.get_value(), logical):
+        if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+            raise UnsupportedError(f"{at} is a {type(value).__name__}, which cannot be placed")
+        dims = []
+        for i, (size, name) in enumerate(zip(value.shape, names, strict=True)):
+            if name == "vocab":
+                dims.append(padded(model.spec.vocab, sizes.get("tensor", 1)))
+            elif name == "kv_heads":
+                assert attention is not None
+                # Heads and their channels are one dimension, or two.
+                own = attention.kv_heads * (attention.head_dim if i == len(names) - 1 else 1)
+                dims.append(repeated(own, attention.kv_heads, sizes.get("tensor", 1)))
+            else:
+                dims.append(Dim(size))
+        partition = rules.spec(names)
+        if whole:
+            partition = PartitionSpec(None, *partition[1:])
+        yield Placed(path if field is None else (*path, field), np.dtype(value.dtype), tuple(dims), partition)
 
 
 Need = tuple[str, Callable[[int], bool]]
