@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -211,17 +212,17 @@ def _moved(rows, room: int, most: int, leave, arrive, landing) -> jax.Array:
         leave,
         arrive,
         landing,
-        tpu=lambda *args: _ragged(*args, room),
-        default=lambda *args: _dense(*args, room, most),
+        tpu=partial(_ragged, room=room),
+        default=partial(_dense, room=room, most=most),
     )
 
 
-def _ragged(rows, leave, arrive, landing, room: int) -> jax.Array:
+def _ragged(rows, leave, arrive, landing, *, room: int) -> jax.Array:
     out = jnp.zeros((room, *rows.shape[1:]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, out, _before(leave), leave, landing, arrive, axis_name="expert")
 
 
-def _dense(rows, leave, arrive, landing, room: int, most: int) -> jax.Array:
+def _dense(rows, leave, arrive, landing, *, room: int, most: int) -> jax.Array:
     del landing
     chips = leave.shape[0]
     parts = (_before(leave)[:, None] + jnp.arange(most)).reshape(-1)

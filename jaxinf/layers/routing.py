@@ -43,7 +43,8 @@ def by_rows(
     parts = jnp.argsort(order).reshape(r, k), local, weights
 
     def sums(parts):
-        return _sums(y, *parts, experts, bias)
+        places, local, weights = parts
+        return _sums(y, places, local, weights, experts, bias)
 
     chunks = -(-r // CHUNK)
     if chunks == 1:
@@ -100,9 +101,9 @@ def in_windows(
             # The last chunk is moved up to where it fits; what it writes once more is the same.
             start = jnp.minimum(first + i * chunk, total - chunk)
             row = start + jnp.arange(chunk)
-            of = [jax.lax.dynamic_slice_in_dim(part, start, chunk) for part in (begins, local, weights)]
-            place = jnp.take(places, of[0][:, None] - begin + jnp.arange(k), mode="clip")
-            new = _sums(y, place, *of[1:], experts, bias).astype(rows.dtype).reshape(chunk, *cell)
+            at, own, share = (jax.lax.dynamic_slice_in_dim(p, start, chunk) for p in (begins, local, weights))
+            place = jnp.take(places, at[:, None] - begin + jnp.arange(k), mode="clip")
+            new = _sums(y, place, own, share, experts, bias).astype(rows.dtype).reshape(chunk, *cell)
             mine = ((row >= first) & (row < last)).reshape(chunk, *[1] * len(cell))
             new = jnp.where(mine, new, jax.lax.dynamic_slice_in_dim(rows, start, chunk))
             return jax.lax.dynamic_update_slice_in_dim(rows, new, start, 0)
@@ -144,16 +145,16 @@ def by_pairs(
 def _sorted(owner: jax.Array, experts: int, *others: jax.Array) -> tuple[jax.Array, ...]:
     """Pairs by expert, those of none last: the sorted owners, how many each expert has, the order, the others."""
     order = jnp.arange(owner.shape[0], dtype=jnp.int32)
-    owner, *others = jax.lax.sort((owner, order, *others), num_keys=1)
+    owner, *carried = jax.lax.sort((owner, order, *others), num_keys=1)
     # By comparisons: a TPU takes ten times as long for a scatter of single numbers.
     sizes = jnp.sum(owner[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-    return owner, sizes, *others
+    return owner, sizes, *carried
 
 
 def _sums(y, places, local, weights, experts: int, bias) -> jax.Array:
     """float32 `[R, d]`: `weights [R, k]` times the rows of `y` at `places [R, k]`, where there is an expert."""
     weights = jnp.where(local < experts, weights, 0)
-    total = 0.0
+    total = jnp.zeros((places.shape[0], y.shape[1]), jnp.float32)
     for j in range(places.shape[1]):
         part = jnp.take(y, places[:, j], axis=0, mode="clip").astype(jnp.float32)
         total = total + part * weights[:, j, None]
