@@ -85,7 +85,7 @@ def _first_group(line: str) -> tuple[int, ...]:
     if m := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return tuple(int(n) for n in m[1].split(",") if n)
     if m := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        return _circle([tuple(map(int, pair.split(","))) for pair in re.findall(r"(\d+,\d+)", m[1])])
+        return _circle([(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", m[1])])
     return ()
 
 
@@ -98,9 +98,9 @@ def _transposed(dims: list[int], order: list[int]) -> list[int]:
     return found
 
 
-def _circle(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
+def _circle(pairs: list[tuple[int, int]]) -> tuple[int, ...]:
     """The places that are reached from the first one."""
-    after = {source: target for source, target in pairs}
+    after = dict(pairs)
     at, found = pairs[0][0] if pairs else None, []
     while at is not None and at not in found:
         found.append(at)

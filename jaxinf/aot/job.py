@@ -9,8 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import numpy as np
+
 from pallas_kernels.errors import InputError
 from pallas_kernels.named import Call, Work
+
+
+@dataclass(frozen=True)
+class Steered:
+    """An argument whose values steer kernels, and how it lies on a mesh."""
+
+    value: np.ndarray
+    sharding: jax.sharding.Sharding
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.value.dtype
 
 
 @dataclass(frozen=True)

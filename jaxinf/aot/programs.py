@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinf import compression
 from jaxinf.aot import lowering, topology
+from jaxinf.aot.job import Steered
 from jaxinf.checkpoint.parameters import abstract
 from jaxinf.generation import loop
 from jaxinf.generation.step import decode_step, prefill
@@ -23,12 +25,16 @@ from jaxinf.models import ModelSpec, Segment, presets
 from jaxinf.models.causal_lm import init_cache
 from jaxinf.models.placing import place_abstract
 from pallas_kernels.errors import InputError
+from pallas_kernels.named import Call, Work
 from sharding import meshes, program, split_axis
 from sharding.collectives import AXES
 from sharding.program import OWN, ROWS, SAME
 from sharding.rules import RULES
 
-Part = Literal["generate", "prefill", "decode"]
+Part = Literal["generate", "prefill", "append", "decode"]
+
+_PASS = 1024
+"""Tokens: four times what makes a product of bfloat16 weights bound by arithmetic on a v5e (197e12 / 819e9)."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,7 @@ class Generation:
 
     Attributes:
       weights, cache: bytes on each device.
-      part: "generate": ragged prompts in pieces, then the decode loop, in one program. "prefill": one pass over
-        prompts. "decode": one token a row, and the choice of the next.
+      part: as in `built`.
     """
 
     compiled: lowering.Compiled
@@ -63,25 +68,78 @@ def generation(
     new_tokens: int = 128,
     capacity: int | None = None,
     ways: int = 1,
-    piece: int = loop.PIECE,
+    piece: int | None = None,
     dtype: Any = "bfloat16",
     quantize: str | None = None,
 ) -> Generation:
-    """Compiles a program of a model for a slice: `jaxinf.generation.loop.generate`, or a part of it.
+    """Compiles a program of a model for a slice: see `built`.
+
+    Raises:
+      TooLarge: it does not fit the chip.
+      InputError: no such preset or chip; sizes that the model cannot be cut by.
+    """
+    made = built(
+        model,
+        chip=chip,
+        mesh=mesh,
+        part=part,
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        capacity=capacity,
+        ways=ways,
+        piece=piece,
+        dtype=dtype,
+        quantize=quantize,
+    )
+    compiled = lowering.lower(made.call.fn, *made.call.args, chip=chip, mesh=made.mesh, donate=made.call.donate)
+    return Generation(compiled, made.weights, made.cache, part)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program that is not compiled yet, and bytes on each device of what it keeps."""
+
+    call: Call
+    mesh: Mesh
+    weights: int
+    cache: int
+
+
+def built(
+    model: str | ModelSpec,
+    *,
+    chip: str = "v5e",
+    mesh: str | Mapping[str, int] | None = None,
+    part: Part = "generate",
+    batch: int = 8,
+    prompt: int = 1024,
+    new_tokens: int = 128,
+    capacity: int | None = None,
+    ways: int = 1,
+    piece: int | None = None,
+    dtype: Any = "bfloat16",
+    quantize: str | None = None,
+    held: int | None = None,
+) -> Built:
+    """A program of a model for a slice: `jaxinf.generation.loop.generate`, or a part of it.
 
     Args:
       model: a preset's name or a spec.
       chip: or slice, such as "v5e:4x4".
       mesh: axes and sizes over the slice's devices, such as "tensor=8"; None: one device.
+      part: "generate": ragged prompts in pieces, then the decode loop, in one program. "prefill": one pass over
+        prompts. "append": one after `held` tokens. "decode": one token a row, and the choice of the next.
       batch, prompt: rows, and tokens of the longest prompt. Rows are padded to what the mesh divides.
       capacity: tokens a row that the cache has room for; default: prompt + new_tokens.
       ways: without a mesh, compile what one chip of so many computes under tensor parallelism, without its
         collectives.
-      piece: tokens of a prompt that one pass takes; activations grow with it.
+      piece: tokens of a prompt that one pass takes; activations grow with it. None: so many that a chip's rows have
+        a thousand in a pass together, which keeps its matrix units busy.
       dtype: of weights and cache. quantize: of linear weights, such as "int8" (`jaxinf.compression.quantize`).
+      held: tokens that each row's cache has; None: not known. The static model follows kernels by it.
 
     Raises:
-      TooLarge: it does not fit the chip.
       InputError: no such preset or chip; sizes that the model cannot be cut by.
     """
     spec = presets.preset(model) if isinstance(model, str) else model
@@ -92,6 +150,8 @@ def generation(
     where = topology.mesh(chip, tuple(sizes.values()), AXES)
     ways_of_rows = math.prod(sizes[axis] for axis in RULES["batch"])
     rows = batch + -batch % ways_of_rows
+    if piece is None:
+        piece = min(loop.PIECE, max(16, 1 << (_PASS * ways_of_rows // rows).bit_length() - 1))
 
     with lowering.use(where):
         made = abstract(spec, dtype, "stacked")
@@ -114,14 +174,14 @@ def generation(
         return state.cache, program.gather_rows((written.tokens, written.counts))
 
     def read(weights, tokens, counts, cache):
-        logits, cache = prefill(rebuilt(weights), tokens, counts, cache, fresh=True)
+        logits, cache = prefill(rebuilt(weights), tokens, counts, cache, fresh=part == "prefill")
         return cache, program.gather_rows(split_axis.argmax(logits))
 
     def step(weights, tokens, counts, cache):
         logits, cache = decode_step(rebuilt(weights), tokens, cache, counts=counts)
         return cache, program.gather_rows(split_axis.argmax(logits))
 
-    functions: dict[str, Callable] = dict(generate=whole, prefill=read, decode=step)
+    functions: dict[str, Callable] = dict(generate=whole, prefill=read, append=read, decode=step)
     if part not in functions:
         raise InputError(f"part={part!r} must be one of {', '.join(functions)}")
     split = [w.sharding.spec for w in weights]
@@ -130,12 +190,18 @@ def generation(
     def lies(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, spec))
 
+    def steered(x: jax.ShapeDtypeStruct, value: int | None) -> Any:
+        return x if value is None else Steered(np.full(x.shape, value, x.dtype), x.sharding)
+
     shape = (rows,) if part == "decode" else (rows, prompt)
     tokens = lies(jax.ShapeDtypeStruct(shape, jnp.int32), ROWS)
-    counts = lies(jax.ShapeDtypeStruct((rows,), jnp.int32), ROWS)
+    new = None if held is None else 1 if part == "decode" else prompt
+    counts = steered(lies(jax.ShapeDtypeStruct((rows,), jnp.int32), ROWS), new)
     cache = jax.tree.map(lambda c: lies(c, OWN), cache)  # as the device lays it out
-    compiled = lowering.lower(run, weights, tokens, counts, cache, chip=chip, mesh=where, donate=(3,))
-    return Generation(compiled, _bytes(weights), _bytes(cache), part)
+    size = _bytes(cache)
+    cache = dataclasses.replace(cache, lengths=steered(cache.lengths, held))
+    call = Call(run, (weights, tokens, counts, cache), Work(0.0, 0.0), donate=(3,))
+    return Built(call, where, _bytes(weights), size)
 
 
 def shard(spec: ModelSpec, ways: int) -> ModelSpec:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxinf.aot import collectives, lowering, memory, topology, wires
 from jaxinf.aot.failures import explain, kind
 from jaxinf.aot.hlo import Instruction
-from jaxinf.aot.job import Job
+from jaxinf.aot.job import Job, Steered
 from jaxinf.aot.report import Report
 from jaxinf.aot.static import Estimate, Operation, Timeline, dump, operands, timeline
 from jaxinf.aot.static.machine import machine
@@ -103,10 +103,15 @@ def _estimate(compiled: lowering.Compiled, call: Call, dumps: str) -> Estimate:
 
 
 def _operations(compiled: lowering.Compiled, call: Call, dumps: str) -> tuple[tuple[Operation, ...], int]:
-    flat = [leaf if isinstance(leaf, np.ndarray) else None for leaf in jax.tree.leaves(call.args)]
+    flat = [_value(leaf) for leaf in jax.tree.leaves(call.args)]
     kernels = operands.of_kernels(compiled.jaxpr, flat)
     chip = topology.find(compiled.chip).chip
     return dump.operations(dumps, machine(chip), kernels, compiled.cores)
+
+
+def _value(leaf: Any) -> np.ndarray | None:
+    """Of an argument, where it is known."""
+    return leaf if isinstance(leaf, np.ndarray) else leaf.value if isinstance(leaf, Steered) else None
 
 
 def _timeline(compiled: lowering.Compiled, call: Call, dumps: str, mesh: Any) -> Timeline:
