@@ -151,7 +151,7 @@ def built(
     ways_of_rows = math.prod(sizes[axis] for axis in RULES["batch"])
     rows = batch + -batch % ways_of_rows
     if piece is None:
-        piece = min(loop.PIECE, max(16, 1 << (_PASS * ways_of_rows // rows).bit_length() - 1))
+        piece = piece_of(rows // ways_of_rows)
 
     with lowering.use(where):
         made = abstract(spec, dtype, "stacked")
@@ -202,6 +202,11 @@ def built(
     cache = dataclasses.replace(cache, lengths=steered(cache.lengths, held))
     call = Call(run, (weights, tokens, counts, cache), Work(0.0, 0.0), donate=(3,))
     return Built(call, where, _bytes(weights), size)
+
+
+def piece_of(rows: int) -> int:
+    """Tokens of a prompt that one pass takes, with so many rows on a chip: a power of 2."""
+    return min(loop.PIECE, max(16, 1 << max(1, _PASS // rows).bit_length() - 1))
 
 
 def shard(spec: ModelSpec, ways: int) -> ModelSpec:

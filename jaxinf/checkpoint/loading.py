@@ -25,8 +25,8 @@ from jaxinf.checkpoint.streaming import Progress, place_all
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
+from jaxinf.models.placing import mesh_for
 from pallas_kernels.errors import CheckpointError, InputError, UnsupportedError
-from sharding import meshes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -62,7 +62,7 @@ def load(
       folder: of this project's form (`save`, `save_orbax`) or of Hugging Face's.
       dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's.
       layout: "list" or "stacked"; None: "list" on a CPU, "stacked" elsewhere and for stages of a pipeline.
-      mesh: spread the model over it: "data=2,tensor=4", sizes by axis, or a mesh; None: the first device.
+      mesh: spread the model over it: "data=2,tensor=4", sizes by axis, a mesh, or "auto"; None: the first device.
       progress: called with (bytes on the devices, bytes in all), both of this process; None: a bar on a terminal
         when it takes long.
 
@@ -72,18 +72,18 @@ def load(
       InputError: an unknown dtype or layout; a mesh that there is not, or that does not divide the model.
     """
     folder = Path(folder)
-    mesh = None if mesh is None else meshes.make(mesh)
     if dtype is not None:
         dtype = as_dtype(dtype, f"dtype={dtype!r}")
-    staged = mesh is not None and mesh.shape["pipeline"] > 1
-    layout = layout or ("list" if jax.default_backend() == "cpu" and not staged else "stacked")
-    if layout not in ("list", "stacked"):
+    if layout not in (None, "list", "stacked"):
         raise InputError(f'layout={layout!r} must be "list" or "stacked"')
     config = read_config(folder)
     path = folder / GENERATION
     generation = read_json(path) if path.is_file() else {}
     tensors, spec, names = open_checkpoint(folder, config)
     dtype = dtype or stored_dtype(config, tensors)
+    mesh = None if mesh is None else mesh_for(spec, mesh)
+    staged = mesh is not None and mesh.shape["pipeline"] > 1
+    layout = layout or ("list" if jax.default_backend() == "cpu" and not staged else "stacked")
     model = abstract(spec, dtype, layout)
     with shown(progress, f"loading {folder.name}") as progress:
         model = fill(

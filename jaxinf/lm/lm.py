@@ -38,9 +38,8 @@ from jaxinf.lm.request import (
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
-from jaxinf.models.placing import place_model
+from jaxinf.models.placing import mesh_for, place_model
 from pallas_kernels.errors import InputError
-from sharding import meshes
 from sharding.program import LOGITS
 
 
@@ -103,6 +102,7 @@ class LM:
         window: int | None = None,
         sinks: int | None = None,
         revision: str | None = None,
+        mesh: str | Mapping[str, int] | Mesh | None = None,
     ) -> LM:
         """Loads an embedded model ("stdlib"), a folder, or a model of the Hugging Face Hub ("owner/name").
 
@@ -111,13 +111,15 @@ class LM:
           layout: "list" or "stacked"; None: what suits the device.
           context, window, sinks: as for the class.
           revision: branch, tag or commit on the Hub.
+          mesh: spread the model over a mesh of devices, as `shard` does; each process then reads what its devices
+            hold.
 
         Raises:
           InputError: an unknown name (the message says which exist) or a number out of range.
           CheckpointError: the files are missing, corrupt or not understood.
         """
         compilation_cache.enable()
-        loaded = checkpoint.load(locate(name, revision), dtype=dtype, layout=layout)
+        loaded = checkpoint.load(locate(name, revision), dtype=dtype, layout=layout, mesh=mesh)
         generation = dict(loaded.generation)
         for key in ("eos_token_id", "bos_token_id"):
             if generation.get(key) is None and loaded.config.get(key) is not None:
@@ -130,14 +132,15 @@ class LM:
 
         Args:
           mesh: axes and sizes, such as "data=2,tensor=4", of data, pipeline, sequence, expert, tensor; "auto"; or
-            a `jax.sharding.Mesh` with such axes. One smaller than the devices takes the first ones and warns.
+            a `jax.sharding.Mesh` with such axes. One smaller than the devices takes the first ones and warns;
+            "auto" is as much tensor as divides the model, and data.
 
         Raises:
           InputError: the mesh needs more devices than there are, or does not divide the model; the message says
             which sizes would.
         """
         other = copy.copy(self)
-        other._run(place_model(self.model, meshes.make(mesh)))
+        other._run(place_model(self.model, mesh_for(self.spec, mesh)))
         return other
 
     @property

@@ -84,7 +84,8 @@ class Segment(nnx.Module):
 
         if repeats == self.spec.repeats:
             return run(x, step, caches, segment_ids, None)
-        return through_stages(run, x, step, caches, segment_ids, layers=repeats)
+        parts = micro_batches(x.shape[0], self.spec)
+        return through_stages(run, x, step, caches, segment_ids, layers=repeats, parts=parts)
 
 
 class CausalLM(nnx.Module):
@@ -275,7 +276,7 @@ def init_cache(
             return tuple(one(layer, None) for _ in range(s.repeats) for layer in s.period)
         if size("pipeline") == 1 or not in_stages(spec, i):
             return tuple(one(layer, s.repeats) for layer in s.period)
-        parts = micro_batches(batch)
+        parts = micro_batches(batch, s)
         return tuple(one(layer, s.repeats // size("pipeline") * parts, batch // parts) for layer in s.period)
 
     layers = tuple(segment(i, s) for i, s in enumerate(spec.segments))

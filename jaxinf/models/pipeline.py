@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxinf.cache import Step
-from jaxinf.models.spec import ModelSpec
+from jaxinf.layers import ExpertChoice, MoESpec
+from jaxinf.models.spec import ModelSpec, Segment
 from sharding.collectives import index, psum, rotate, size
 
 AXIS = "pipeline"
@@ -31,8 +32,15 @@ def in_stages(spec: ModelSpec, segment: int) -> bool:
     return spec.segments[segment].repeats > 1 or segment == longest
 
 
-def micro_batches(rows: int) -> int:
-    """Into how many parts `rows` are cut: as many as there are stages, or the next smaller number that divides."""
+def micro_batches(rows: int, segment: Segment) -> int:
+    """Into how many parts `rows` are cut: as many as there are stages, or the next smaller number that divides.
+
+    Where experts choose among rows, these stay together.
+    """
+    if any(
+        isinstance(layer.ffn, MoESpec) and isinstance(layer.ffn.router, ExpertChoice) for layer in segment.period
+    ):
+        return 1
     return max(m for m in range(1, size(AXIS) + 1) if rows % m == 0)
 
 
@@ -44,45 +52,45 @@ def through_stages(
     segment_ids: jax.Array | None,
     *,
     layers: int,
+    parts: int,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """A stack of layers over all stages.
 
     Args:
       run: this stage's layers: `(x, step, caches, segment_ids, first) -> (x, caches, loss)`, where layer l of the
         stage has its cache at `first + l`.
-      x: `[B, T, d]`, the same on all stages. caches: with `micro_batches(B) * layers` entries, of `B / m` rows.
-      layers: of this stage.
+      x: `[B, T, d]`, the same on all stages. caches: with `parts * layers` entries, of `B / parts` rows.
+      layers: of this stage. parts: micro-batches.
 
     Returns:
       `(x, caches, balancing loss)`, x and the loss on all stages.
     """
     rows, stages, stage = x.shape[0], size(AXIS), index(AXIS)
-    m = micro_batches(rows)
 
     def cut(value):
-        return None if value is None else value.reshape(m, rows // m, *value.shape[1:])
+        return None if value is None else value.reshape(parts, rows // parts, *value.shape[1:])
 
     counts = jnp.full((rows,), step.tokens, jnp.int32) if step.counts is None else step.counts
-    parts = cut(x), cut(step.positions), cut(counts), cut(segment_ids)
+    given = cut(x), cut(step.positions), cut(counts), cut(segment_ids)
 
     def tick(t, carry):
         arrived, done, caches, loss = carry
         mine = t - stage
-        at = jnp.clip(mine, 0, m - 1)
-        works = (mine >= 0) & (mine < m)
+        at = jnp.clip(mine, 0, parts - 1)
+        works = (mine >= 0) & (mine < parts)
         first, positions, counts, segments = jax.tree.map(
-            lambda part: jax.lax.dynamic_index_in_dim(part, at, 0, keepdims=False), parts
+            lambda part: jax.lax.dynamic_index_in_dim(part, at, 0, keepdims=False), given
         )
         now = dataclasses.replace(step, positions=positions, counts=jnp.where(works, counts, 0))
-        given = jnp.where(stage == 0, first, arrived)
-        y, caches, extra = run(given, now, caches, segments, at * layers)
+        x = jnp.where(stage == 0, first, arrived)
+        y, caches, extra = run(x, now, caches, segments, at * layers)
         loss = loss + jnp.where(works, extra, 0.0)
         kept = jax.lax.dynamic_index_in_dim(done, at, 0, keepdims=False)
         last = works & (stage == stages - 1)
         done = jax.lax.dynamic_update_index_in_dim(done, jnp.where(last, y, kept), at, 0)
         return rotate(y, AXIS), done, caches, loss
 
-    start = (jnp.zeros_like(parts[0][0]), jnp.zeros_like(parts[0]), caches, jnp.zeros((), jnp.float32))
-    _, done, caches, loss = jax.lax.fori_loop(0, m + stages - 1, tick, start)
+    start = (jnp.zeros_like(given[0][0]), jnp.zeros_like(given[0]), caches, jnp.zeros((), jnp.float32))
+    _, done, caches, loss = jax.lax.fori_loop(0, parts + stages - 1, tick, start)
     done = psum(jnp.where(stage == stages - 1, done, jnp.zeros_like(done)), AXIS)
-    return done.reshape(x.shape), caches, psum(loss, AXIS) / m
+    return done.reshape(x.shape), caches, psum(loss, AXIS) / parts

@@ -16,7 +16,7 @@ from jaxinf.models.pipeline import in_stages
 from jaxinf.models.spec import ModelSpec
 from jaxinf.quant import parts
 from pallas_kernels.errors import InputError, UnsupportedError
-from sharding import rules
+from sharding import meshes, rules
 from sharding.collectives import AXES
 from sharding.placement import Dim, Placed, padded, repeated
 
@@ -38,11 +38,29 @@ def check(spec: ModelSpec, sizes: Mapping[str, int], layout: Layout = "stacked")
             continue
         wrong = list(dict.fromkeys(what for what, fits in _needs(spec, axis) if not fits(ways)))
         if wrong:
-            fine = [n for n in range(1, _MOST + 1) if all(fits(n) for _, fits in _needs(spec, axis))]
+            fine = [n for n in range(1, _MOST + 1) if _divides(spec, axis, n)]
             some = ", ".join(map(str, fine[:12])) + (", ..." if len(fine) > 12 else "")
             raise InputError(f"{axis}={ways} does not divide the model's {', '.join(wrong)}; {axis} may be {some}")
     if sizes.get("pipeline", 1) > 1 and layout != "stacked":
         raise InputError(f'pipeline={sizes["pipeline"]} cuts stacks of layers, so it needs layout="stacked"')
+
+
+def mesh_for(spec: ModelSpec, mesh: str | Mapping[str, int] | Mesh) -> Mesh:
+    """The mesh that a user means for a model: as `sharding.meshes.make`, or "auto" (see `auto`)."""
+    return meshes.make(auto(spec, jax.device_count()) if isinstance(mesh, str) and mesh == "auto" else mesh)
+
+
+def auto(spec: ModelSpec, devices: int) -> dict[str, int]:
+    """Sizes of a mesh of all devices that divides a model: as much `tensor` as it takes, the rest `data`.
+
+    That is the least memory a chip without stages of layers. `jaxinf plan` compares meshes by time.
+    """
+    fits = [n for n in range(1, devices + 1) if devices % n == 0 and _divides(spec, "tensor", n)]
+    return {"data": devices // max(fits), "tensor": max(fits)}
+
+
+def _divides(spec: ModelSpec, axis: str, ways: int) -> bool:
+    return all(fits(ways) for _, fits in _needs(spec, axis))
 
 
 def placements(model: CausalLM, sizes: Mapping[str, int]) -> list[Placed]:
