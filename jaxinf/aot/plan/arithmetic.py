@@ -7,8 +7,8 @@ import math
 from jaxinf.aot.plan import sizes as parts
 from jaxinf.aot.plan import traffic
 from jaxinf.aot.plan.types import Case, Found, PerChip, Sizes, Terms
+from jaxinf.aot.programs import piece_of
 from jaxinf.aot.slices import Slice
-from jaxinf.generation.loop import PIECE
 from jaxinf.layers import MoESpec
 from jaxinf.models.placing import check as check_model
 from pallas_kernels.errors import InputError
@@ -44,7 +44,7 @@ def found(case: Case, where: Slice, sizes: Sizes) -> Found:
     check(case, where, sizes)
     weights = parts.weights(case, sizes)
     held, cache = sum(w.bytes for w in weights), parts.cache_bytes(case, sizes)
-    temporaries = parts.activation_bytes(case, sizes, parts.rows(case, sizes) * piece(case))
+    temporaries = parts.activation_bytes(case, sizes, parts.rows(case, sizes) * piece(case, sizes))
     per_chip = PerChip(held, cache, temporaries, held + cache + temporaries, where.memory)
     uses = traffic.uses(case, where, sizes, 1, ring=False)
     prefill_uses = _prefill_uses(case, where, sizes)
@@ -71,13 +71,15 @@ def prefill_seconds(found: Found) -> float:
     return found.prefill.roofline * found.ticks + found.prefill.ici
 
 
-def piece(case: Case) -> int:
+def piece(case: Case, sizes: Sizes) -> int:
     """Tokens of a prompt that one pass takes."""
-    return case.prompt if case.spec.reads_prompts_whole else min(PIECE, case.prompt)
+    if case.spec.reads_prompts_whole or sizes.get("sequence", 1) > 1:
+        return case.prompt
+    return min(piece_of(parts.rows(case, sizes)), case.prompt)
 
 
-def _passes(case: Case) -> int:
-    return math.ceil(case.prompt / piece(case))
+def _passes(case: Case, sizes: Sizes) -> int:
+    return math.ceil(case.prompt / piece(case, sizes))
 
 
 def _read(weights: tuple[parts.Weight, ...], tied: bool, tokens: float, times: int) -> float:
@@ -94,24 +96,24 @@ def _read(weights: tuple[parts.Weight, ...], tied: bool, tokens: float, times: i
 def _decode_bytes(case: Case, sizes: Sizes, weights: tuple[parts.Weight, ...]) -> float:
     micro = traffic.micro_batches(case, sizes)
     read = _read(weights, case.spec.tied, parts.group(case, sizes) / micro, micro)
-    return read + _cache_read(case, sizes, case.context) * parts.rows(case, sizes)
+    return read + _cache_read(case, sizes, case.context)
 
 
 def _cache_read(case: Case, sizes: Sizes, context: float) -> float:
-    """Bytes of one row's cache that a query reads on a device."""
+    """Bytes of the cache that a device reads for a query in each row."""
     return sum(
-        count * parts.seen(layer.attention, context, sizes) * parts.entry(case, layer.attention, sizes)
+        count * parts.read(case, layer.attention, context, sizes) * parts.entry(case, layer.attention, sizes)
         for layer, count in parts.stage(case.spec, sizes)
     )
 
 
 def _prefill_bytes(case: Case, sizes: Sizes, weights: tuple[parts.Weight, ...]) -> float:
-    micro, passes = traffic.micro_batches(case, sizes), _passes(case)
-    tokens = parts.group(case, sizes) * piece(case) / micro
+    micro, passes = traffic.micro_batches(case, sizes), _passes(case, sizes)
+    tokens = parts.group(case, sizes) * piece(case, sizes) / micro
     read = _read(weights, case.spec.tied, tokens, micro * passes)
     # Each pass reads what the passes before it wrote, and writes its own.
     cached = (passes - 1) / 2 + 1
-    return read + cached * _cache_read(case, sizes, case.prompt) * parts.rows(case, sizes)
+    return read + cached * _cache_read(case, sizes, case.prompt)
 
 
 def _flops(
@@ -129,7 +131,8 @@ def _flops(
             total += 2.0 * w.numbers * rows
     for layer, count in parts.stage(case.spec, sizes):
         q, _ = parts.heads(layer.attention, sizes)
-        visible = parts.seen(layer.attention, context, sizes)
+        window = layer.attention.window
+        visible = context / sizes.get("sequence", 1) if window is None else min(window, context)
         total += count * 4.0 * q * layer.attention.head_dim * visible * rows * tokens
     return total
 
@@ -146,8 +149,8 @@ def _prefill_flops(case: Case, sizes: Sizes, weights: tuple[parts.Weight, ...]) 
 
 def _prefill_uses(case: Case, where: Slice, sizes: Sizes) -> tuple:
     ring = sizes.get("sequence", 1) > 1
-    tokens = case.prompt if ring else piece(case)
-    passes = 1 if ring else _passes(case)
+    tokens = case.prompt if ring else piece(case, sizes)
+    passes = 1 if ring else _passes(case, sizes)
     return traffic.repeated(traffic.uses(case, where, sizes, tokens, ring=ring), passes)
 
 

@@ -19,7 +19,7 @@ def peak(case: Case, where: Slice, sizes: Sizes, known: tuple[Case, PerChip] | N
     """Bytes on a device. known: a case that was compiled and what it holds, from which temporaries are scaled."""
     held = sum(w.bytes for w in parts.weights(case, sizes)) + parts.cache_bytes(case, sizes)
     if known is None:
-        return held + parts.activation_bytes(case, sizes, parts.rows(case, sizes) * arithmetic.piece(case))
+        return held + parts.activation_bytes(case, sizes, parts.rows(case, sizes) * arithmetic.piece(case, sizes))
     then, measured = known
     growth = max(1.0, parts.rows(case, sizes) / parts.rows(then, sizes))
     code = measured.peak - measured.weights - measured.cache - measured.temporaries

@@ -47,12 +47,14 @@ def plan(
     if compiled:
         topology.compiler()
     ask = topology.available() if compiled is None else compiled
+    if ask and case.cache_dtype not in (None, case.dtype):
+        ask = False  # no program has such a cache yet
     if mesh == "auto":
         candidates = ranking.ranked(case, where)
     else:
         candidates = [arithmetic.found(case, where, meshes.parse(mesh))]
     best, rest = candidates[0], candidates[1:]
-    made = _by_arithmetic(case, where, best)
+    made = by_arithmetic(case, where, best)
     if mesh == "auto":
         made = dataclasses.replace(made, ranking=ranking.explained(case, best, rest))
     if not ask:
@@ -62,7 +64,8 @@ def plan(
     return compiling.compiled(case, where, made, candidates[: max(1, tries)], progress)
 
 
-def _by_arithmetic(case: Case, where: Slice, found: Found) -> Plan:
+def by_arithmetic(case: Case, where: Slice, found: Found) -> Plan:
+    """A plan of one mesh without the compiler."""
     step, first = arithmetic.decode_seconds(found), arithmetic.prefill_seconds(found)
     batch, context = limits.largest(case, where, found.sizes)
     fits = found.per_chip.free >= 0

@@ -11,6 +11,7 @@ from functools import lru_cache
 import jax.numpy as jnp
 
 from jaxinf.aot.plan.types import Case, Sizes
+from jaxinf.cache.choice import kv_placement
 from jaxinf.checkpoint.parameters import abstract
 from jaxinf.layers import AttentionSpec, ExpertChoice, LayerSpec, MoESpec, TokenChoice
 from jaxinf.models import CausalLM, ModelSpec
@@ -78,6 +79,8 @@ def _weight(case: Case, each: Placed, shape: tuple[int, ...]) -> Weight:
     matrix = len(shape) - layers >= 2 and path[-1] in ("kernel", "up", "gate", "down")
     if not matrix:
         return Weight("small", numbers, plain)
+    if path[0] == "head":
+        return Weight("head", numbers, plain)
     if "router" in path or "shared_gate" in path:
         return Weight("linear", numbers, plain)
     stored = numbers + SCALE * numbers // shape[-2] if case.quantize == "int8" else plain
@@ -86,7 +89,7 @@ def _weight(case: Case, each: Placed, shape: tuple[int, ...]) -> Weight:
         assert isinstance(ffn, MoESpec)
         k = chosen(ffn)
         return Weight("experts", numbers, stored, min(1.0, k / ffn.experts), ffn.experts)
-    return Weight("head" if path[0] == "head" else "linear", numbers, stored)
+    return Weight("linear", numbers, stored)
 
 
 def chosen(ffn: MoESpec) -> float:
@@ -119,21 +122,44 @@ def heads(attention: AttentionSpec, sizes: Sizes) -> tuple[int, int]:
     return attention.heads // ways, max(1, attention.kv_heads // ways)
 
 
-def slots(attention: AttentionSpec, context: int, sizes: Sizes) -> int:
-    """Tokens that a layer's cache has room for on a device: whole tiles of them."""
-    tile = chips.LANES
-    full = context + -context % tile
-    if attention.window is not None and attention.window < full:
-        return attention.window + -attention.window % tile
-    each = math.ceil(full / sizes.get("sequence", 1))
-    return each + -each % tile if sizes.get("sequence", 1) > 1 else full
+def shared(case: Case, attention: AttentionSpec, sizes: Sizes) -> tuple[str, int]:
+    """How chips of `tensor` hold the cache of a key head that they share (see `kv_placement`), and how many do."""
+    tensor = sizes.get("tensor", 1)
+    full = attention.window is None
+    placement = kv_placement(
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        batch=rows(case, sizes),
+        capacity=case.context if attention.window is None else min(attention.window, case.context),
+        tensor=tensor,
+        itemsize=jnp.dtype(case.dtype).itemsize,
+        striped=full,
+    )
+    return placement, max(1, tensor // attention.kv_heads)
 
 
-def seen(attention: AttentionSpec, context: float, sizes: Sizes) -> float:
-    """Tokens that a query reads on a device, with so many before it."""
+def held(case: Case, attention: AttentionSpec, sizes: Sizes) -> tuple[float, int]:
+    """Rows and slots of a layer's cache on a device; slots come in whole tiles."""
+    placement, group = shared(case, attention, sizes)
+    kept = rows(case, sizes) / (group if placement == "batch" else 1)
+    if attention.window is not None and (attention.window < case.context or sizes.get("sequence", 1) > 1):
+        return kept, _tiles(min(attention.window, case.context))
+    ways = sizes.get("sequence", 1) * (group if placement == "sequence" else 1)
+    return kept, _tiles(math.ceil(case.context / ways))
+
+
+def _tiles(slots: int) -> int:
+    return slots + -slots % chips.LANES
+
+
+def read(case: Case, attention: AttentionSpec, context: float, sizes: Sizes) -> float:
+    """Cached tokens that a device reads, of all its rows, for a query in each row after `context` others."""
+    placement, group = shared(case, attention, sizes)
+    ways = group if placement != "replicate" else 1
     if attention.window is not None and attention.window < context:
-        return attention.window
-    return context / sizes.get("sequence", 1)
+        return rows(case, sizes) * attention.window / ways
+    return rows(case, sizes) * context / sizes.get("sequence", 1) / ways
 
 
 def entry(case: Case, attention: AttentionSpec, sizes: Sizes) -> float:
@@ -157,8 +183,9 @@ def cache_bytes(case: Case, sizes: Sizes) -> int:
     """The cache's part on a device."""
     total = 0.0
     for layer, count in stage(case.spec, sizes):
-        total += count * slots(layer.attention, case.context, sizes) * entry(case, layer.attention, sizes)
-    return math.ceil(total) * rows(case, sizes)
+        kept, slots = held(case, layer.attention, sizes)
+        total += count * kept * slots * entry(case, layer.attention, sizes)
+    return math.ceil(total)
 
 
 def activation_bytes(case: Case, sizes: Sizes, tokens: int) -> int:

@@ -10,6 +10,9 @@ Per layer and pass over x = [rows, tokens, d_model] on a chip:
             keys and values go once around the ring (Ring Attention, arXiv:2310.01889)
   pipeline  x to the next stage at each tick; what the last stage says, to all
   data      nothing
+
+Where chips of `tensor` share a key head, each may hold some rows or some tokens of its cache (Pope et al.,
+arXiv:2211.05102): two all-to-alls of the queries' heads, or a gather of them and a sum of what each chip saw.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 
 from jaxinf.aot import wires
-from jaxinf.aot.plan.sizes import chosen, entry, heads, rows, stage
+from jaxinf.aot.plan.sizes import chosen, entry, heads, rows, shared, stage
 from jaxinf.aot.plan.types import Case, Sizes, Use
 from jaxinf.aot.slices import Slice
 from jaxinf.layers import MoESpec
@@ -38,11 +41,11 @@ def uses(case: Case, where: Slice, sizes: Sizes, tokens: float, *, ring: bool) -
     b, sequence = rows(case, sizes), sizes.get("sequence", 1)
     local = tokens / sequence if ring else tokens
     x = math.ceil(b * local * case.spec.d_model * jnp.dtype(case.dtype).itemsize)
-    counted: dict[tuple[str, str, int], float] = defaultdict(float)
+    counted: dict[tuple[str, str, int, int], float] = defaultdict(float)
 
     def add(axis: str, kind: str, size: float, times: float) -> None:
         if sizes.get(axis, 1) > 1 and times:
-            counted[axis, kind, math.ceil(size)] += times
+            counted[axis, kind, math.ceil(size), sizes[axis]] += times
 
     for layer, count in stage(case.spec, sizes):
         layers = count * ticks(case, sizes)[0]
@@ -51,12 +54,21 @@ def uses(case: Case, where: Slice, sizes: Sizes, tokens: float, *, ring: bool) -
         if isinstance(layer.ffn, MoESpec):
             add("expert", "all-to-all", x * chosen(layer.ffn) / micro, 2 * layers)
         attention = layer.attention
+        q, _ = heads(attention, sizes)
+        placement, group = shared(case, attention, sizes)
+        if placement == "batch" and not ring:
+            size = b * tokens * q * attention.head_dim * jnp.dtype(case.dtype).itemsize
+            counted["tensor", "all-to-all", math.ceil(size / micro), group] += 2 * layers
+        elif placement == "sequence" and not ring:
+            size = group * b * tokens * q * (attention.head_dim + 2) * _FLOAT32
+            counted["tensor", "reduce-scatter", math.ceil(size / micro), group] += layers
+            size = group * b * tokens * q * attention.head_dim * jnp.dtype(case.dtype).itemsize
+            counted["tensor", "all-gather", math.ceil(size / micro), group] += layers
         if attention.window is None or ring:
             if ring:
                 chunk = b * local * entry(case, attention, sizes)
                 add("sequence", "collective-permute", chunk / micro, (sequence - 1) * layers)
             else:
-                q, _ = heads(attention, sizes)
                 out = b * tokens * q * (attention.head_dim + 2) * _FLOAT32
                 add("sequence", "all-reduce", out / micro, layers)
     add("tensor", "all-reduce", x, 1)
@@ -78,9 +90,11 @@ def ticks(case: Case, sizes: Sizes) -> tuple[int, int]:
     return micro, micro + sizes.get("pipeline", 1) - 1
 
 
-def _use(where: Slice, sizes: Sizes, axis: str, kind: str, size: int, times: float) -> Use:
-    chips = sizes[axis]
-    each = wires.seconds(kind, size, wires.ways(where, sizes)[axis])
+def _use(where: Slice, sizes: Sizes, axis: str, kind: str, size: int, chips: int, times: float) -> Use:
+    ways = wires.ways(where, sizes)[axis]
+    if chips != sizes[axis]:  # a part of it: neighbours
+        ways = (wires.Way(chips, False, where.facts.wires.link),)
+    each = wires.seconds(kind, size, ways)
     return Use(axis, kind, size, chips, round(times), times * sent(kind, size, chips), times * each)
 
 

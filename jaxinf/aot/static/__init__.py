@@ -11,9 +11,10 @@ says when a time is too low to be believed.
 """
 
 from jaxinf.aot.static.report import Estimate, Loop, Occupancy, Operation, Region, Span, row
-from jaxinf.aot.static.timeline import Part, Timeline, timeline
+from jaxinf.aot.static.timeline import Endless, Part, Timeline, timeline
 
 __all__ = [
+    "Endless",
     "Estimate",
     "Loop",
     "Occupancy",

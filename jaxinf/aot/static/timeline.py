@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from jaxinf.aot import hlo
 from jaxinf.aot.collectives import KINDS
 from jaxinf.aot.shapes import shapes
+from jaxinf.aot.static import twins
 from jaxinf.aot.static.report import Operation
 
 _KEPT = 24  # operations that a timeline names
+_WORKING = ("fusion", "custom-call", "convolution", "sort", "scatter", "gather", "reduce")
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 
 
@@ -38,6 +40,19 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Endless:
+    """A loop of the program itself whose length is not known.
+
+    Attributes:
+      began: seconds after the program did. seconds: of its first trip.
+    """
+
+    name: str
+    began: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Timeline:
     """What a program takes.
 
@@ -46,7 +61,9 @@ class Timeline:
       hbm_seconds, ici_seconds: that HBM and the links are busy. core_seconds: that the core is, without waits.
       parts: those that take longest.
       unknown: names of kernels whose loops or copies could not be followed; their time is too low.
-      endless: loops of unknown length, which count once.
+      endless: the program's own loops of unknown length, which count once, in order.
+      inner: further loops of unknown length.
+      missing: operations without a schedule, which take no time here: names, the most frequent first.
     """
 
     seconds: float
@@ -56,7 +73,9 @@ class Timeline:
     hbm_bytes: float
     parts: tuple[Part, ...]
     unknown: tuple[str, ...] = ()
-    endless: int = 0
+    endless: tuple[Endless, ...] = ()
+    inner: int = 0
+    missing: tuple[str, ...] = ()
 
     @property
     def bound(self) -> str:
@@ -127,8 +146,12 @@ class _Walk:
         self._parsed: dict[str, list[hlo.Instruction]] = {}
         self._operations = operations
         self._clock, self._bandwidth, self._collective = clock, bandwidth, collective
+        self._twins = twins.Twins(self._found, operations)
+        self._missing: dict[str, float] = defaultdict(float)
         self._state = _State()
-        self._endless: set[str] = set()
+        self._endless: list[Endless] = []
+        self._inner: set[str] = set()
+        self._depth = 0
         self._kinds: dict[str, str] = {}
 
     def run(self) -> Timeline:
@@ -143,9 +166,8 @@ class _Walk:
         unknown = tuple(
             sorted(
                 o.name
-                for o in self._operations.values()
-                if state.counts.get(o.name)
-                and (o.truncated or (o.kernel and (o.unknown_copies or not all(l.known for l in o.loops))))
+                for o in self._twins.used.values()
+                if (o.truncated or (o.kernel and (o.unknown_copies or not all(l.known for l in o.loops))))
             )
         )
         return Timeline(
@@ -156,7 +178,9 @@ class _Walk:
             hbm_bytes=state.bytes,
             parts=parts,
             unknown=unknown,
-            endless=len(self._endless),
+            endless=tuple(self._endless),
+            inner=len(self._inner),
+            missing=tuple(sorted(self._missing, key=lambda name: -self._missing[name])[:_KEPT]),
         )
 
     def _computation(self, name: str, weight: float) -> None:
@@ -177,10 +201,12 @@ class _Walk:
             self._tell(i, inner, weight)
         elif opcode.removesuffix("-start") in _COPIES and opcode.endswith("-start"):
             self._copy(i, weight)
-        elif i.name in self._operations:
-            self._operation(i, self._operations[i.name], weight)
+        elif operation := self._twins.find(i):
+            self._operation(i, operation, weight)
         elif opcode in ("call", "async-start"):
             self._computation(i.called("to_apply") or i.called("calls") or "", weight)
+        elif opcode in _WORKING:
+            self._missing[i.name] += weight
 
     def _note(self, name: str, kind: str, weight: float, seconds: float, size: float = 0.0) -> None:
         state = self._state
@@ -242,18 +268,22 @@ class _Walk:
         self._state = best or start
 
     def _loop(self, i: hlo.Instruction, weight: float) -> None:
-        trips = hlo.trips(i.rest, self._found)
-        if trips is None:
-            self._endless.add(i.name)
-            trips = 1
-        if trips < 1:
+        trips, body, began = hlo.trips(i.rest, self._found), i.called("body") or "", self._state.now
+        if trips is not None and trips < 1:
             return
-        body = i.called("body") or ""
+        self._depth += 1
         self._computation(body, weight)
-        if trips == 1:
+        self._depth -= 1
+        if trips is None and not self._depth:
+            self._endless.append(Endless(i.name, began, self._state.now - began))
+        elif trips is None:
+            self._inner.add(i.name)
+        if trips is None or trips == 1:
             return
         before = self._state.figures()
+        self._depth += 1
         self._computation(body, weight * (trips - 1))
+        self._depth -= 1
         each = [b - a for a, b in zip(before, self._state.figures(), strict=True)]
         state = self._state
         rest = trips - 2
