@@ -18,6 +18,7 @@ examples:
   jaxinf generate 'def quicksort(items):'
   jaxinf generate 'import ' --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
   git diff | jaxinf generate - --model ./my-model --chat --json
+  jaxinf generate 'class Tree:' --model ./my-model --mesh tensor=8
 
 Text goes to stdout, counts and times to stderr. The first run of a size compiles; later ones find the programs
 in a cache folder (JAXINF_COMPILATION_CACHE=0 turns that off, a path moves it).
@@ -51,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sinks", type=int, metavar="S", help="and the first S (default with --window: 4)")
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    parser.add_argument("--mesh", metavar="M", help='spread the model over devices: "tensor=4,data=2", or auto')
     add_dtype(parser, "the checkpoint's")
     add_json(parser)
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("the prompt is empty; give some text, or - to read it from stdin")
     folder = locate(args.model)
     open_device()
-    lm = LM.from_pretrained(folder, dtype=args.dtype)
+    lm = LM.from_pretrained(folder, dtype=args.dtype, mesh=args.mesh)
     given: Any = lm.chat_tokens([{"role": "user", "content": prompt}]) if args.chat else prompt
     options = {name: getattr(args, name.replace("-", "_")) for name in ("seed", "stop", "window", "sinks")}
     options |= {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in SAMPLING}

@@ -120,7 +120,8 @@ def turn(
     if previous is not None:
         keep = previous.reusable(prompt, request.limits[0], window, sinks, spec.settled)
     if previous is not None and keep:
-        return previous.cache.roll_back(jnp.full((1,), keep, jnp.int32)), keep
+        # On a mesh there are more lengths than the conversation's: those of rows that fill up the batch, too.
+        return previous.cache.roll_back(jnp.minimum(previous.cache.lengths, keep)), keep
     del previous  # its memory is free before the new cache takes some
     return new_cache(request.tokens, 1 + _TAKE_BACK), 0
 

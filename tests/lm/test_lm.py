@@ -181,6 +181,16 @@ def test_logits_of_any_length(lm: LM) -> None:
 
 
 class TestChat:
+    def test_on_a_mesh(self, lm: LM) -> None:
+        with pytest.warns(UserWarning, match="first 4 of 8"):
+            spread = lm.shard("data=2,tensor=2")
+        messages = list(MESSAGES)
+        for turn in range(2):
+            answer = spread.chat(messages, 4)
+            assert answer.tokens == lm.generate(lm.chat_tokens(messages), 4).tokens
+            assert (answer.stats.cached_tokens > 0) == (turn > 0)
+            messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "and pop"}]
+
     def test_turns_build_on_the_cache(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         read: list[int] = []
         prefill = Runner.prefill
