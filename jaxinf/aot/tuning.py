@@ -155,7 +155,7 @@ def search(
     """Searches the block sizes of any call of an op; `job(blocks)` names the call with these.
 
     Up to `budget` candidates are compiled: all of them if there are no more, else those around the heuristic's
-    choice, then around the best found, and where that leads nowhere random ones.
+    choice, then around the best found; a quarter of them is drawn from all others, for the hills beyond a valley.
     """
     module, where = cases.blocks_of(op), chips.find(chip)
     problem = problem_of(op, call, chip)
@@ -191,7 +191,7 @@ def search(
 
 
 class _Walk:
-    """Chooses what to try next: neighbours of the best, that differ from it in one field by one step."""
+    """Chooses what to try next: those nearest to the best, in steps of all fields, and a quarter at random."""
 
     def __init__(self, candidates: Mapping[tuple, Blocks], start: Blocks) -> None:
         self._candidates = candidates
@@ -207,7 +207,8 @@ class _Walk:
         timed = [t for t in trials.values() if t.seconds is not None]
         best = min(timed, key=lambda t: t.seconds or 0.0).blocks if timed else self._start
         order = sorted(left.items(), key=lambda item: (self._distance(item[1], best), self._random.random()))
-        return [blocks for _, blocks in order[:count]]
+        near = count - count // 4
+        return [blocks for _, blocks in order[:near] + self._random.sample(order[near:], count - near)]
 
     def _distance(self, a: Blocks, b: Blocks) -> int:
         """Steps between two choices, in all fields together."""
