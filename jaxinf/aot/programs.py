@@ -20,8 +20,7 @@ from jaxinf.aot.job import Steered
 from jaxinf.checkpoint.parameters import abstract
 from jaxinf.generation import loop
 from jaxinf.generation.step import decode_step, prefill
-from jaxinf.layers import FFNSpec, LayerSpec, MoESpec
-from jaxinf.models import ModelSpec, Segment, presets
+from jaxinf.models import ModelSpec, presets
 from jaxinf.models.causal_lm import init_cache
 from jaxinf.models.placing import place_abstract
 from pallas_kernels.errors import InputError
@@ -67,7 +66,6 @@ def generation(
     prompt: int = 1024,
     new_tokens: int = 128,
     capacity: int | None = None,
-    ways: int = 1,
     piece: int | None = None,
     dtype: Any = "bfloat16",
     quantize: str | None = None,
@@ -87,7 +85,6 @@ def generation(
         prompt=prompt,
         new_tokens=new_tokens,
         capacity=capacity,
-        ways=ways,
         piece=piece,
         dtype=dtype,
         quantize=quantize,
@@ -116,7 +113,6 @@ def built(
     prompt: int = 1024,
     new_tokens: int = 128,
     capacity: int | None = None,
-    ways: int = 1,
     piece: int | None = None,
     dtype: Any = "bfloat16",
     quantize: str | None = None,
@@ -132,8 +128,6 @@ def built(
         prompts. "append": one after `held` tokens. "decode": one token a row, and the choice of the next.
       batch, prompt: rows, and tokens of the longest prompt. Rows are padded to what the mesh divides.
       capacity: tokens a row that the cache has room for; default: prompt + new_tokens.
-      ways: without a mesh, compile what one chip of so many computes under tensor parallelism, without its
-        collectives.
       piece: tokens of a prompt that one pass takes; activations grow with it. None: so many that a chip's rows have
         a thousand in a pass together, which keeps its matrix units busy.
       dtype: of weights and cache. quantize: of linear weights, such as "int8" (`jaxinf.compression.quantize`).
@@ -143,7 +137,6 @@ def built(
       InputError: no such preset or chip; sizes that the model cannot be cut by.
     """
     spec = presets.preset(model) if isinstance(model, str) else model
-    spec = spec if ways == 1 else shard(spec, ways)
     dtype = jnp.dtype(dtype)
     capacity = prompt + new_tokens if capacity is None else capacity
     sizes = meshes.parse(mesh or "") if not isinstance(mesh, Mapping) else {a: mesh.get(a, 1) for a in AXES}
@@ -207,37 +200,6 @@ def built(
 def piece_of(rows: int) -> int:
     """Tokens of a prompt that one pass takes, with so many rows on a chip: a power of 2."""
     return min(loop.PIECE, max(16, 1 << max(1, _PASS // rows).bit_length() - 1))
-
-
-def shard(spec: ModelSpec, ways: int) -> ModelSpec:
-    """What one of `ways` chips holds under tensor parallelism: its heads, its part of each feed-forward's width.
-
-    Key heads are replicated where there are fewer than chips; embeddings and norms are whole.
-
-    Raises:
-      InputError: heads or widths that `ways` does not divide.
-    """
-
-    def part(name: str, size: int) -> int:
-        if size % ways:
-            raise InputError(f"ways={ways}, but the model's {name}={size} must be a multiple of it.")
-        return size // ways
-
-    def ffn(given):
-        if isinstance(given, MoESpec):
-            shared = None if given.shared is None else ffn(given.shared)
-            return dataclasses.replace(given, width=part("experts' width", given.width), shared=shared)
-        assert isinstance(given, FFNSpec)
-        return dataclasses.replace(given, width=part("width", given.width))
-
-    def layer(given: LayerSpec) -> LayerSpec:
-        a = given.attention
-        kv_heads = a.kv_heads // ways if a.kv_heads % ways == 0 else 1
-        attention = dataclasses.replace(a, heads=part("heads", a.heads), kv_heads=kv_heads)
-        return dataclasses.replace(given, attention=attention, ffn=ffn(given.ffn))
-
-    segments = tuple(Segment(tuple(layer(x) for x in s.period), s.repeats) for s in spec.segments)
-    return dataclasses.replace(spec, segments=segments)
 
 
 def _bytes(tree: Any) -> int:

@@ -11,22 +11,22 @@ from pallas_kernels.errors import InputError
 
 pytestmark = compiles
 
-# One chip of eight under tensor parallelism, but the last, which is whole. Pieces of a prompt are sized so that
-# activations stay small beside the cache; a batch of long contexts makes the cache what memory is for.
-SHARDS = [
-    ("llama-3.1-8b", "v5e", dict(ways=8, batch=8, capacity=32768, piece=512)),
-    ("llama-3.1-70b", "v6e", dict(ways=8, batch=4, capacity=32768, piece=512)),
-    ("qwen3-8b", "v5e", dict(ways=8, batch=8, capacity=32768, piece=512)),
-    ("qwen3-30b-a3b", "v6e", dict(ways=8, batch=8, capacity=32768, piece=128)),
-    ("gemma-3-12b", "v5e", dict(ways=8, batch=8, capacity=32768, piece=256)),
-    ("mixtral-8x7b", "v6e", dict(ways=8, batch=8, capacity=32768, piece=256)),
-    ("gpt-oss-20b", "v6e", dict(ways=8, batch=32, capacity=32768, piece=32)),
-    ("llama-3.2-1b", "v5p", dict(batch=32, capacity=16384, piece=256)),
+# Eight chips under tensor parallelism, but the last, which has one. Pieces of prompts are sized so that activations
+# stay small beside the cache; a batch of long contexts makes the cache what memory is for.
+WHOLE = [
+    ("llama-3.1-8b", "v5e:2x4", dict(mesh="tensor=8", batch=8, capacity=32768, piece=128)),
+    ("llama-3.1-70b", "v6e:2x4", dict(mesh="tensor=8", batch=4, capacity=32768, piece=256)),
+    ("qwen3-8b", "v5e:2x4", dict(mesh="tensor=8", batch=8, capacity=32768, piece=128)),
+    ("qwen3-30b-a3b", "v6e:2x4", dict(mesh="tensor=8", batch=8, capacity=32768, piece=128)),
+    ("gemma-3-12b", "v5e:2x4", dict(mesh="tensor=8", batch=8, capacity=32768, piece=128)),
+    ("mixtral-8x7b", "v6e:2x4", dict(mesh="tensor=8", batch=8, capacity=32768, piece=128)),
+    ("gpt-oss-20b", "v6e:2x4", dict(mesh="tensor=8", batch=32, capacity=32768, piece=32)),
+    ("llama-3.2-1b", "v5p", dict(batch=32, capacity=16384, piece=32)),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "chip", "options"), SHARDS, ids=[name for name, *_ in SHARDS])
+@pytest.mark.parametrize(("name", "chip", "options"), WHOLE, ids=[name for name, *_ in WHOLE])
 def test_generation_never_copies_the_cache(name, chip, options):
     program = programs.generation(name, chip=chip, prompt=1024, new_tokens=64, **options)
     assert program.compiled.memory.aliases >= program.cache  # written where it lies
@@ -34,17 +34,17 @@ def test_generation_never_copies_the_cache(name, chip, options):
     assert program.compiled.memory.peak > program.weights + program.cache
 
 
-def test_a_few_layers_of_a_shard():
-    spec = programs.shard(presets.preset("llama-3.1-8b"), 8)
+def test_a_few_layers_on_eight_chips():
+    spec = presets.preset("llama-3.1-8b")
     spec = dataclasses.replace(spec, segments=(dataclasses.replace(spec.segments[0], repeats=4),), vocab=4096)
-    program = programs.generation(spec, batch=4, prompt=256, new_tokens=16, capacity=32768, piece=128)
+    options = dict(batch=4, prompt=256, new_tokens=16, capacity=32768, piece=64)
+    program = programs.generation(spec, chip="v5e:2x4", mesh="tensor=8", **options)
     assert program.compiled.memory.aliases >= program.cache
     assert program.temporaries < 0.1
+    whole = 2 * 4 * 8 * 32768 * 128 * 2 * 4  # keys and values, layers, heads, slots, channels, bytes, rows
+    assert program.cache == pytest.approx(whole / 8, rel=0.01)
 
 
-def test_a_shard_holds_its_part_of_heads_and_widths():
-    spec = programs.shard(presets.preset("llama-3.1-8b"), 8)
-    layer = next(spec.layers())
-    assert (layer.attention.heads, layer.attention.kv_heads, layer.ffn.width) == (4, 1, 1792)
+def test_a_mesh_that_does_not_divide():
     with pytest.raises(InputError, match="heads=32"):
-        programs.shard(presets.preset("llama-3.1-8b"), 3)
+        programs.generation("llama-3.1-8b", chip="v5e:2x4", mesh="tensor=3")
