@@ -24,6 +24,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxinf.aot import Job, case_job, cases, compiler, tuning  # noqa: E402
+from jaxinf.aot.jobs import Pool  # noqa: E402
 from pallas_kernels.errors import JaxinfError  # noqa: E402
 from pallas_kernels.named import Call  # noqa: E402
 
@@ -98,14 +99,15 @@ def main(argv: list[str] | None = None) -> int:
     shapes += [(ops[i % len(ops)], f"random-{args.seed + i}", args.seed + i) for i in range(args.random)]
     print(f"{args.chip}, {compiler()}: time of the heuristic over the best of {args.budget}\n", flush=True)
     lines = []
-    for op, name, seed in shapes:
-        try:
-            lines.append(compare(op, name, seed, args))
-        except JaxinfError as error:
-            lines.append({"op": op, "case": name, "error": str(error)})
-        print("  ".join(f"{k}={v}" for k, v in lines[-1].items()), flush=True)
-        if args.json:
-            keep(Path(args.json), args.chip, lines[-1])
+    with Pool(args.chip, workers=args.workers, paths=[HERE]) as pool:
+        for op, name, seed in shapes:
+            try:
+                lines.append(compare(op, name, seed, args.chip, args.budget, pool))
+            except JaxinfError as error:
+                lines.append({"op": op, "case": name, "error": str(error)})
+            print("  ".join(f"{k}={v}" for k, v in lines[-1].items()), flush=True)
+            if args.json:
+                keep(Path(args.json), args.chip, lines[-1])
     ratios = [line["ratio"] for line in lines if line.get("ratio")]
     print(
         f"\n{len(ratios)} shapes, worst {max(ratios, default=0):.3f}, "
@@ -124,18 +126,16 @@ def keep(path: Path, chip: str, line: dict[str, Any]) -> None:
     path.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def compare(op: str, name: str, seed: int | None, args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"budget": args.budget, "workers": args.workers}
-    if seed is None:
-        found = tuning.search(
-            op, name, cases.call(op, name), lambda blocks: case_job(op, name, blocks=blocks), args.chip, **options
-        )
-    else:
+def compare(op: str, name: str, seed: int | None, chip: str, budget: int, pool: Pool) -> dict[str, Any]:
+    """A row of the table; `seed` draws a random case, else `name` is that of a case."""
 
-        def job(blocks: tuning.Blocks) -> Job:
-            return Job("heuristics:call", {"op": op, "seed": seed, "blocks": dict(blocks)})
+    def job(blocks: tuning.Blocks) -> Job:
+        if seed is None:
+            return case_job(op, name, blocks=blocks)
+        return Job("heuristics:call", {"op": op, "seed": seed, "blocks": dict(blocks)})
 
-        found = tuning.search(op, name, call(op, seed), job, args.chip, paths=[HERE], **options)
+    shown = cases.call(op, name) if seed is None else call(op, seed)
+    found = tuning.search(op, name, shown, job, chip, budget=budget, pool=pool)
     mine, best = found.heuristic_seconds, found.best
     fastest = min((t.seconds for t in found.trials if t.seconds is not None), default=None)
     line: dict[str, Any] = {"op": op, "case": name, "bucket": found.bucket}

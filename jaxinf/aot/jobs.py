@@ -81,49 +81,85 @@ def run(
       UnsupportedError: libtpu is not installed.
       InputError: no such chip.
     """
-    where = topology.find(chip)
-    topology.compiler()
-    todo = deque(enumerate(jobs))
-    answers: queue.Queue = queue.Queue()
-    count = max(1, min(workers, len(todo)))
-    closing = threading.Event()
-    folders = [str(p) for p in paths]
-    open_workers: list[_Worker] = []
+    with Pool(
+        chip, static=static, workers=workers, timeout=timeout, paths=paths, options=options, keep=keep
+    ) as pool:
+        yield from pool.run(jobs)
 
-    def serve() -> None:
-        try:
-            with _Worker(chip, where, static, folders, options) as worker:
-                open_workers.append(worker)
+
+class Pool:
+    """Processes that compile one list of jobs after another: `with Pool(...) as pool: pool.run(jobs)`.
+
+    Takes the arguments of `run`, and raises the same.
+    """
+
+    def __init__(
+        self,
+        chip: str = "v5e",
+        *,
+        static: bool = True,
+        workers: int = 1,
+        timeout: float = TIMEOUT,
+        paths: Iterable[str | Path] = (),
+        options: str = "",
+        keep: str | Path | None = None,
+    ) -> None:
+        where = topology.find(chip)
+        topology.compiler()
+        folders = [str(p) for p in paths]
+        self._open = contextlib.ExitStack()
+        self._new = lambda: self._open.enter_context(_Worker(chip, where, static, folders, options))
+        self._most, self._timeout, self._keep = max(1, workers), timeout, keep
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        """Yields the jobs' outcomes as they come, in any order if workers > 1."""
+        todo = deque(enumerate(jobs))
+        answers: queue.Queue = queue.Queue()
+        count = min(self._most, max(1, len(todo)))
+        self._workers += [self._new() for _ in range(count - len(self._workers))]
+        closing = threading.Event()
+
+        def serve(worker: _Worker) -> None:
+            try:
                 while not closing.is_set():
                     try:
                         index, job = todo.popleft()
                     except IndexError:
                         return
-                    folder = None if keep is None else str(Path(keep).absolute() / str(index))
-                    answers.put(worker.compile(job, timeout, folder))
-        except BaseException as error:  # handed to the caller, who would wait for ever
-            answers.put(error)
-        finally:
-            answers.put(None)
+                    folder = None if self._keep is None else str(Path(self._keep).absolute() / str(index))
+                    answers.put(worker.compile(job, self._timeout, folder))
+            except BaseException as error:  # handed to the caller, who would wait for ever
+                answers.put(error)
+            finally:
+                answers.put(None)
 
-    threads = [threading.Thread(target=serve, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        while count:
-            answer = answers.get()
-            if answer is None:
-                count -= 1
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                yield answer
-    finally:
-        closing.set()
-        for worker in open_workers:  # whoever stops listening, by Ctrl-C say, does not wait for them
-            worker.kill()
+        serving = self._workers[:count]
+        threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in serving]
         for thread in threads:
-            thread.join()
+            thread.start()
+        try:
+            while count:
+                answer = answers.get()
+                if answer is None:
+                    count -= 1
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    yield answer
+        finally:
+            closing.set()
+            if count:  # whoever stops listening, by Ctrl-C say, does not wait for them
+                for worker in serving:
+                    worker.kill()
+            for thread in threads:
+                thread.join()
 
 
 def compile_one(job: Job, chip: str = "v5e", **options: Any) -> Report:

@@ -1,12 +1,13 @@
 """Searches an op's block sizes through the TPU compiler, and keeps what it finds in the tuned tables."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import pallas_kernels
 from jaxinf.aot import cases, lowering, topology
 from jaxinf.aot.job import Job, case_job
-from jaxinf.aot.jobs import run
+from jaxinf.aot.jobs import Pool
 from pallas_kernels import chips, tuned
 from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.named import Call
@@ -150,9 +151,11 @@ def search(
     budget: int = BUDGET,
     workers: int = 1,
     progress: Progress | None = None,
-    paths: Sequence[str | Path] = (),
+    pool: Pool | None = None,
 ) -> Search:
     """Searches the block sizes of any call of an op; `job(blocks)` names the call with these.
+
+    pool: processes for that chip, where there are some (`workers` then counts for nothing).
 
     Up to `budget` candidates are compiled: all of them if there are no more, else those around the heuristic's
     choice, then around the best found; a quarter of them is drawn from all others, for the hills beyond a valley.
@@ -173,16 +176,16 @@ def search(
     report = progress or (lambda done, total: None)
     report(0, most)
     pick = _Walk(candidates, heuristic)
-    while len(trials) < most:
-        whole = len(candidates) == most
-        batch = pick.next(trials, most if whole else min(most - len(trials), max(8, 4 * workers)))
-        jobs = {id(j): (blocks, j) for blocks in batch for j in [job(blocks)]}
-        todo = [j for _, j in jobs.values()]
-        for outcome in run(todo, chip, workers=workers, paths=paths):
-            blocks = jobs[id(outcome.job)][0]
-            vmem = module.vmem_bytes(problem, module.Blocks(**blocks))
-            trials[_key(blocks)] = _trial(blocks, vmem, outcome)
-            report(len(trials), most)
+    with contextlib.nullcontext(pool) if pool else Pool(chip, workers=workers) as compilers:
+        while len(trials) < most:
+            whole = len(candidates) == most
+            batch = pick.next(trials, most if whole else min(most - len(trials), max(8, 4 * workers)))
+            jobs = {id(j): (blocks, j) for blocks in batch for j in [job(blocks)]}
+            for outcome in compilers.run([j for _, j in jobs.values()]):
+                blocks = jobs[id(outcome.job)][0]
+                vmem = module.vmem_bytes(problem, module.Blocks(**blocks))
+                trials[_key(blocks)] = _trial(blocks, vmem, outcome)
+                report(len(trials), most)
     ranked = sorted(trials.values(), key=lambda t: (t.seconds is None, t.seconds or 0.0))
     bucket = module.bucket(problem)
     return Search(
