@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 
 from jaxinf.aot import Job, case_job, cases, compiler, tuning  # noqa: E402
 from jaxinf.aot.jobs import Pool  # noqa: E402
-from pallas_kernels.errors import JaxinfError  # noqa: E402
+from pallas_kernels.errors import JaxinfError, UnsupportedError  # noqa: E402
 from pallas_kernels.named import Call  # noqa: E402
 
 LIMIT = 1.15
@@ -80,6 +80,14 @@ def call(op: str, seed: int, blocks: dict[str, Any] | None = None) -> Call:
     return random_case(op, seed).call("pallas", blocks=chosen)
 
 
+def has_blocks(op: str) -> bool:
+    try:
+        cases.blocks_of(op)
+    except UnsupportedError:
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", default="v6e")
@@ -91,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", help="also write the table to this file")
     args = parser.parse_args(argv)
-    ops = args.op.split(",") if args.op else list(cases.ops())
+    ops = args.op.split(",") if args.op else [op for op in cases.ops() if has_blocks(op)]
     shapes = []
     for op in ops:
         names = list(cases.models(op))

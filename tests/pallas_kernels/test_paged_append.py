@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.errors import InputError
-from pallas_kernels.ragged_paged_attention import empty_pages, paged_append
+from pallas_kernels.paged_append import paged_append
+from pallas_kernels.ragged_paged_attention import empty_pages
 from pallas_kernels.stored import decode, to_bits
 
 ROWS = ((17, 1), (40, 23), (0, 0), (33, 33), (3, 5), (80, 2))  # (kv_length, new tokens)

@@ -14,24 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged_append.reference import New
 from pallas_kernels.ragged_paged_attention.kernel import CACHES, TABLE_BYTES
 from pallas_kernels.ragged_paged_attention.pages import LANES
 
 DEPTH, LEAD = 8, 4  # units that are held, and that are read ahead; the others are being written
 ROW, UNIT, SLOTS = 0, 1, 8  # places in `ahead`; from SLOTS on, row and unit of each buffer
-
-
-class New(NamedTuple):
-    """What every implementation takes. Pages and scales are stacked."""
-
-    pages: jax.Array  # [L, P, K, page, W]
-    page_scales: jax.Array | None  # [L, P, 1, 2 * K * page]
-    rows: jax.Array  # [tokens, K, W] in the pages' dtype
-    scales: jax.Array | None  # float32 [tokens, 2, K]; latents: [tokens, 1, 1]
-    page_table: jax.Array  # int32 [rows, pages_per_row]
-    kv_lengths: jax.Array  # int32 [rows]
-    q_starts: jax.Array  # int32 [rows + 1]
-    layer: jax.Array  # int32
 
 
 def unsupported(pages: jax.Array, page_table: jax.Array) -> list[str]:
