@@ -214,10 +214,13 @@ def _uses(uses: Sequence[Use]) -> str:
 
 
 def _ranking(plan: Plan) -> str:
-    rows = [["mesh", "a step", "prefill", "peak a chip", ""]]
+    from jaxinf.aot.plan.types import ARITHMETIC
+
+    rows = [["mesh", "a step", "by", "prefill", "peak a chip", ""]]
     for r in plan.ranking:
         peak = output.size(r.peak * plan.where.facts.devices)
-        rows.append([r.mesh, _ms(r.step_seconds), _ms(r.prefill_seconds), peak, r.why or "the best"])
+        by = "arithmetic" if r.witness == ARITHMETIC else "compiled"
+        rows.append([r.mesh, _ms(r.step_seconds), by, _ms(r.prefill_seconds), peak, r.why or "the best"])
     return output.table(rows, header=True)
 
 

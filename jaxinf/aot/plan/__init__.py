@@ -2,7 +2,8 @@
 
     from jaxinf.aot import plan
 
-    case = plan.case("llama-3.1-70b", batch=16, context=4096, quantize="int8")
+    spec = presets.preset("llama-3.1-70b")
+    case = plan.Case("llama-3.1-70b", spec, batch=16, context=4096, prompt=2048, quantize="int8")
     made = plan.plan(case, "v5e-16")
     made.fits, made.per_chip.peak, made.decode.step_seconds
 
@@ -10,7 +11,20 @@ With libtpu (`pip install "jaxinf[tpu]"`) the programs are compiled for the slic
 compiler's own account, times a static model of its schedules. Without it all of it is arithmetic.
 """
 
+from jaxinf.aot.plan.check import check_fits
 from jaxinf.aot.plan.planner import compare, plan
 from jaxinf.aot.plan.types import Case, Decode, PerChip, Plan, Prefill, Ranked, Terms, Use
 
-__all__ = ["Case", "Decode", "PerChip", "Plan", "Prefill", "Ranked", "Terms", "Use", "compare", "plan"]
+__all__ = [
+    "Case",
+    "Decode",
+    "PerChip",
+    "Plan",
+    "Prefill",
+    "Ranked",
+    "Terms",
+    "Use",
+    "check_fits",
+    "compare",
+    "plan",
+]

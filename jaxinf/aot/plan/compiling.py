@@ -77,6 +77,9 @@ def compiled(
     made = dataclasses.replace(made, ranking=_ranking(made, tried))
     if best.report is not None:
         made = _with_decode(made, best)
+    elif not best.needed:
+        note = f"the compiler did not take the decode step, whose time is arithmetic ({best.error})"
+        made = dataclasses.replace(made, notes=(*made.notes, note))
     made = _with_whole(made, best.found, whole)
     taken = time.monotonic() - began
     return dataclasses.replace(made, compiler=topology.compiler(), compile_seconds=taken)

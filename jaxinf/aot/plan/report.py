@@ -118,7 +118,7 @@ def picture(plans: tuple[Plan, ...], path: str | Path) -> None:
     case = plans[0].case
     kind = case.quantize or case.dtype
     axes.set_title(f"{case.model} {kind}, batch {case.batch:,}, context {case.context:,}", loc="left")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path)
