@@ -3,27 +3,29 @@
 With zig-zag order (`sharding.zigzag`) chip i has the chunks i and 2s-1-i of C tokens each, and at step r the keys
 of chip j = (i - r) mod s. Its late chunk always sees j's early one. Besides, its early chunk sees j's early one
 (j < i), or its late chunk sees j's late one (j > i). So every chip attends to two whole pairs of chunks at every
-step, none of them masked, and which pair is the second one is an index into arrays that hold the chunks apart.
+step, none of them masked, and which pair is the second one is a matter of where slices begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import flash_attention
+from pallas_kernels import chips, flash_attention
 from pallas_kernels.errors import InputError
 from pallas_kernels.merge import add_partial
 from sharding.collectives import index, rotate, size
 from sharding.zigzag import AXIS
 
 EARLY, LATE = 0, 1
-KV = tuple[jax.Array, jax.Array]  # [chunks, B, K, C, D]
-Partial = tuple[jax.Array, jax.Array]  # float32 [2, B, N, C, D] and [2, B, N, C]
+SHARE = 128
+"""The float32 sums of a pass take at most this part of the chip's memory at a time."""
+
+KV = tuple[jax.Array, jax.Array]  # [B, K, 2C, D], or one chunk of it
+Partial = tuple[jax.Array, jax.Array]  # float32 [B, N, 2C, D] and [B, N, 2C]
 
 
 @overload
@@ -92,21 +94,49 @@ def ring_attention(
     Raises:
       InputError: an odd number of local tokens, or keys and queries of different numbers.
     """
-    chips, tokens = size(axis), q.shape[2]
+    count, tokens = size(axis), q.shape[2]
     mask: dict[str, Any] = dict(window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
-    if chips == 1:
+    if count == 1:
         out, lse = flash_attention(q, k, v, lengths=lengths, sinks=sinks, return_lse=True, **mask)
         return (out, lse) if return_lse else out
     if tokens % 2 or k.shape[2] != tokens:
         raise InputError(
             f"q has {tokens} and k has {k.shape[2]} tokens a chip, but both must have the same even number: "
-            f"pad the whole pass to a multiple of {2 * chips}."
+            f"pad the whole pass to a multiple of {2 * count}."
         )
-    ring = _Ring(chips, index(axis), tokens // 2, lengths, mask)
-    q, k, v = (_apart(x) for x in (q, k, v))
-    out, lse = ring.attend(q, (k, v), sinks, axis)
-    out = _together(out.astype(q.dtype))
-    return (out, jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], tokens)) if return_lse else out
+    ring = _Ring(count, index(axis), tokens // 2, axis, lengths, mask)
+    parts = head_groups(q.shape[0] * q.shape[1] * tokens * v.shape[3], k.shape[1])
+    if parts == 1:
+        out, lse = ring.attend(q, (k, v), sinks)
+        return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
+
+    def some_heads(i, results):
+        given = [_part(x, i, parts, 1) for x in (q, k, v)]
+        per_head = [None if x is None else _part(x, i, parts, 0) for x in (sinks, alibi_slopes)]
+        own = replace(ring, mask=ring.mask | dict(alibi_slopes=per_head[1]))
+        found = own.attend(given[0], (given[1], given[2]), per_head[0])
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), i * y.shape[1], 1)
+            for x, y in zip(results, found, strict=True)
+        )
+
+    empty = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.zeros(q.shape[:3], jnp.float32)
+    out, lse = jax.lax.fori_loop(0, parts, some_heads, empty)
+    return (out, lse) if return_lse else out
+
+
+def head_groups(numbers: int, kv_heads: int) -> int:
+    """Into how many parts the heads are taken one after another, so that float32 sums of `numbers` stay small.
+
+    Long passes alone are parted, whose transfers hide behind their products however few heads take part.
+    """
+    fitting = int(chips.current().hbm / SHARE)
+    return next((n for n in range(1, kv_heads) if kv_heads % n == 0 and 4 * numbers <= n * fitting), kv_heads)
+
+
+def _part(x: jax.Array, i: jax.Array, parts: int, dim: int) -> jax.Array:
+    each = x.shape[dim] // parts
+    return jax.lax.dynamic_slice_in_dim(x, i * each, each, dim)
 
 
 def ring_steps(chips: int, chunk: int, window: int | None) -> tuple[int, int]:
@@ -123,6 +153,7 @@ class _Ring:
     chips: int
     chip: jax.Array
     chunk: int
+    axis: str
     lengths: jax.Array | None
     mask: dict[str, Any]
 
@@ -130,19 +161,18 @@ class _Ring:
     def window(self) -> int | None:
         return self.mask["window"]
 
-    def attend(self, q: jax.Array, kv: KV, sinks: jax.Array | None, axis: str) -> Partial:
+    def attend(self, q: jax.Array, kv: KV, sinks: jax.Array | None) -> Partial:
         forwards, backwards = ring_steps(self.chips, self.chunk, self.window)
         if backwards == forwards == 0:
-            return self._own(q, kv, sinks, cross=False)
+            return self._own(q, kv, sinks)
         if backwards:
-            wide = forwards > 1
-            streams, moves = (_each(kv, lambda x: x[:1]), kv if wide else _each(kv, lambda x: x[1:])), (1, -1)
-            visit = self._visit_both
+            late = kv if forwards > 1 else self._chunk(kv, LATE)
+            streams, moves, visit = (self._chunk(kv, EARLY), late), (1, -1), self._visit_both
         else:
             streams, moves, visit = (kv,), (1,), self._visit
 
         def move(streams):
-            return tuple(rotate(x, axis, by) for x, by in zip(streams, moves, strict=True))
+            return tuple(rotate(x, self.axis, by) for x, by in zip(streams, moves, strict=True))
 
         def step(carry, r):
             total, streams = carry
@@ -150,7 +180,7 @@ class _Ring:
             return (visit(total, q, streams, r), coming), None
 
         streams = move(streams)
-        total = self._own(q, kv, sinks, cross=True)
+        total = self._own(q, kv, sinks)
         if forwards > 1:
             order = jnp.arange(1, forwards, dtype=jnp.int32)
             (total, streams), _ = jax.lax.scan(step, (total, streams), order)
@@ -160,8 +190,9 @@ class _Ring:
         """`total` and what is seen of all keys of the chip r places behind."""
         (kv,), other = streams, (self.chip - r) % self.chips
         which = (other > self.chip).astype(jnp.int32)
-        total = self._add(total, q, kv, 0, (LATE, EARLY), other, seen=True)
-        return self._add(total, q, kv, which, (which, which), other, seen=True)
+        for pair in (LATE, EARLY), (which, which):
+            total = self._add(total, q, self._chunk(kv, pair[1]), pair, other, seen=True)
+        return total
 
     def _visit_both(self, total: Partial, q: jax.Array, streams: tuple[KV, ...], r) -> Partial:
         """`total` and what is seen, under a window, of early keys r places behind and keys r places ahead.
@@ -169,65 +200,70 @@ class _Ring:
         Late queries and early keys of different chips are two chunks apart at least: those ahead have their early
         chunk with them only if a window goes that far.
         """
-        (early, late), wide = streams, streams[1][0].shape[0] > 1
-        behind, ahead = (self.chip - r) % self.chips, (self.chip + r) % self.chips
-        total = self._add(total, q, early, 0, (EARLY, EARLY), behind)
-        total = self._add(total, q, late, int(wide), (LATE, LATE), ahead)
+        early, ahead = streams
+        places = (self.chip - r) % self.chips, (self.chip + r) % self.chips
+        wide = ahead[0].shape[2] > self.chunk
+        total = self._add(total, q, early, (EARLY, EARLY), places[0])
+        total = self._add(total, q, self._chunk(ahead, LATE) if wide else ahead, (LATE, LATE), places[1])
         if wide:
-            total = self._add(total, q, early, 0, (LATE, EARLY), behind)
-            total = self._add(total, q, late, 0, (LATE, EARLY), ahead)
+            total = self._add(total, q, early, (LATE, EARLY), places[0])
+            total = self._add(total, q, self._chunk(ahead, EARLY), (LATE, EARLY), places[1])
         return total
 
-    def _own(self, q: jax.Array, kv: KV, sinks: jax.Array | None, cross: bool) -> Partial:
+    def _own(self, q: jax.Array, kv: KV, sinks: jax.Array | None) -> Partial:
         """A chip's queries and its own keys: both chunks with themselves, the late one with the early one."""
-        one = q.shape[1]
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (q, *kv)]
-        rest: dict[str, Any] = {}
-        if self.lengths is not None:
-            rest["lengths"] = jnp.concatenate([self._real(self._place(c, self.chip)) for c in (EARLY, LATE)])
-        out, lse = flash_attention(*flat, sinks=sinks, return_lse=True, **rest, **self.mask)
-        total = (
-            out.astype(jnp.float32).reshape(2, one, *out.shape[1:]),
-            lse.reshape(2, one, *lse.shape[1:]),
-        )
-        return self._add(total, q, kv, 0, (LATE, EARLY), self.chip, seen=True) if cross else total
+        rest: dict[str, Any] = {} if self.lengths is None else dict(lengths=self._real(EARLY) + self._real(LATE))
+        if not self._by_distance:  # then the chunks may as well follow each other
+            out, lse = flash_attention(q, *kv, sinks=sinks, return_lse=True, **rest, **self.mask)
+            return out.astype(jnp.float32), lse
+        parts = []
+        for chunk in (EARLY, LATE):
+            rest = {} if self.lengths is None else dict(lengths=self._real(chunk))
+            own = self._cut(q, chunk), *self._chunk(kv, chunk)
+            parts.append(flash_attention(*own, sinks=sinks, return_lse=True, **rest, **self.mask))
+        out, lse = (jnp.concatenate([part[i] for part in parts], axis=2) for i in range(2))
+        total = out.astype(jnp.float32), lse
+        if self.window == 1:
+            return total
+        return self._add(total, q, self._chunk(kv, EARLY), (LATE, EARLY), self.chip)
 
-    def _add(self, total: Partial, q: jax.Array, kv: KV, at, pair: tuple, other: jax.Array, seen=False) -> Partial:
-        """`total`, and what this chip's chunk pair[0] sees of chunk pair[1] of the chip `other`, entry `at` of kv.
+    def _add(self, total: Partial, q: jax.Array, kv: KV, pair: tuple, other: jax.Array, seen=False) -> Partial:
+        """`total`, and what this chip's chunk pair[0] sees of kv, which is chunk pair[1] of the chip `other`.
 
         seen: the keys come before all of the queries, so that without windows and biases there is no mask.
         """
         mine, theirs = self._place(pair[0], self.chip), self._place(pair[1], other)
         rest: dict[str, Any] = dict(q_offset=(mine - theirs) * self.chunk)
-        if seen and self.window is None and self.mask["alibi_slopes"] is None:
+        if seen and not self._by_distance:
             rest = dict(causal=False)
         if self.lengths is not None:
-            rest["lengths"] = self._real(theirs)
-        queries, *old = (jax.lax.dynamic_index_in_dim(x, pair[0], keepdims=False) for x in (q, *total))
-        part = flash_attention(queries, *kv, layer=at, return_lse=True, **rest, **self.mask)
-        new = add_partial((old[0], old[1]), part)
-        out, lse = (jax.lax.dynamic_update_index_in_dim(x, y, pair[0], 0) for x, y in zip(total, new, strict=True))
+            rest["lengths"] = self._real(pair[1], other)
+        part = flash_attention(self._cut(q, pair[0]), *kv, return_lse=True, **rest, **self.mask)
+        old = self._cut(total[0], pair[0]), self._cut(total[1], pair[0])
+        out, lse = (
+            jax.lax.dynamic_update_slice_in_dim(x, y, pair[0] * self.chunk, 2)
+            for x, y in zip(total, add_partial(old, part), strict=True)
+        )
         return out, lse
+
+    @property
+    def _by_distance(self) -> bool:
+        """Whether it matters how far keys are."""
+        return self.window is not None or self.mask["alibi_slopes"] is not None
+
+    def _cut(self, x: jax.Array, which) -> jax.Array:
+        """The early or late chunk along axis 2."""
+        return jax.lax.dynamic_slice_in_dim(x, which * self.chunk, self.chunk, 2)
+
+    def _chunk(self, kv: KV, which) -> KV:
+        return self._cut(kv[0], which), self._cut(kv[1], which)
 
     def _place(self, which, chip: jax.Array) -> jax.Array:
         """The number of a chip's early or late chunk."""
         return jnp.where(jnp.asarray(which) == EARLY, chip, 2 * self.chips - 1 - chip)
 
-    def _real(self, chunk: jax.Array) -> jax.Array:
-        """int32 [B]: real tokens of a chunk."""
+    def _real(self, which, chip: jax.Array | None = None) -> jax.Array:
+        """int32 [B]: real tokens of a chip's chunk; of this one by default."""
         assert self.lengths is not None
-        return jnp.clip(self.lengths - chunk * self.chunk, 0, self.chunk)
-
-
-def _each(kv: KV, part: Callable[[jax.Array], jax.Array]) -> KV:
-    return part(kv[0]), part(kv[1])
-
-
-def _apart(x: jax.Array) -> jax.Array:
-    """[B, H, T, D] -> [2, B, H, T / 2, D]."""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], 2, -1, x.shape[3]), 2, 0)
-
-
-def _together(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, x.shape[4])
+        place = self._place(which, self.chip if chip is None else chip)
+        return jnp.clip(self.lengths - place * self.chunk, 0, self.chunk)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxinf.cache import LayerCache, Step
 from jaxinf.layers.attention import Attention, AttentionSpec
+from jaxinf.layers.blockwise import block_tokens, by_blocks
 from jaxinf.layers.ffn import FFNSpec
 from jaxinf.layers.moe import MoESpec
 from jaxinf.layers.norm import NormSpec, RMSNormSpec
@@ -58,26 +59,42 @@ class Block(nnx.Module):
         self, x: jax.Array, step: Step, cache: LayerCache | None, *, layer=None, segment_ids=None
     ) -> tuple[jax.Array, LayerCache | None, jax.Array]:
         """`x [B, T, d]` -> `([B, T, d], the cache after, balancing loss)`."""
-        scale, cached = self.spec.residual_scale, cache is not None
+        scale, cached, parallel = self.spec.residual_scale, cache is not None, self._parallel
 
         def add(x, y):
             return x + (y if scale == 1.0 else y * scale)
 
+        def feed(x, h, attended):
+            """The layer's result. h: what feeds it, if it has no norm of its own; attended: only in parallel."""
+            if not parallel:
+                h = x if self.ffn_norm is None else self.ffn_norm(x)
+            elif h is None:
+                assert self.ffn_norm is not None
+                h = self.ffn_norm(x)
+            fed, loss = self.ffn(h, cached=cached)
+            if parallel:
+                return add(x, attended + fed), loss
+            fed = fed if self.ffn_post_norm is None else self.ffn_post_norm(fed)
+            return add(h if self.spec.placement == "renormed" else x, fed), loss
+
         h = x if self.attention_norm is None else self.attention_norm(x)
         attended, cache = self.attention(h, step, cache, layer=layer, segment_ids=segment_ids)
-        if self.spec.placement.startswith("parallel"):
-            h = h if self.ffn_norm is None else self.ffn_norm(x)
-            fed, loss = self.ffn(h, cached=cached)
-            return add(x, attended + fed), cache, loss
-        renormed = self.spec.placement == "renormed"
+        if parallel:
+            x, loss = self._by_blocks(feed, cached, x, None if self.ffn_norm is not None else h, attended)
+            return x, cache, loss
         x = add(
-            h if renormed else x,
+            h if self.spec.placement == "renormed" else x,
             attended if self.attention_post_norm is None else self.attention_post_norm(attended),
         )
-        h = x if self.ffn_norm is None else self.ffn_norm(x)
-        fed, loss = self.ffn(h, cached=cached)
-        return (
-            add(h if renormed else x, fed if self.ffn_post_norm is None else self.ffn_post_norm(fed)),
-            cache,
-            loss,
-        )
+        x, loss = self._by_blocks(feed, cached, x, None, None)
+        return x, cache, loss
+
+    @property
+    def _parallel(self) -> bool:
+        return self.spec.placement.startswith("parallel")
+
+    def _by_blocks(self, feed, cached: bool, *arrays) -> tuple[jax.Array, jax.Array]:
+        # A mixture's balancing loss is of all tokens together; where it is not wanted, blocks do.
+        if not cached and isinstance(self.spec.ffn, MoESpec):
+            return feed(*arrays)
+        return by_blocks(feed, block_tokens(self.spec.ffn.token_bytes(arrays[0].shape[-1])), *arrays)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinf.layers.linear import Linear
+from sharding.collectives import size
 
 Nonlinearity = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
@@ -91,6 +92,10 @@ class FFNSpec:
     width: int
     activation: ActivationSpec = Gated()
     bias: bool = False
+
+    def token_bytes(self, d_model: int) -> int:
+        """About what a token takes on each chip: hidden channels, two in float32 and a narrow one, and its sum."""
+        return 10 * self.width // size("tensor") + 6 * d_model
 
     def build(self, d_model: int, *, rngs: nnx.Rngs, dtype) -> FFN:
         return FFN(self, d_model, rngs=rngs, dtype=dtype)

@@ -79,6 +79,14 @@ class MoESpec:
     shared: FFNSpec | None = None
     shared_gate: bool = False
 
+    def token_bytes(self, d_model: int) -> int:
+        """About what a token takes on each chip: as in `FFNSpec`, for each expert that serves it."""
+        router = self.router
+        served = math.ceil(router.capacity_factor) if isinstance(router, ExpertChoice) else 1
+        served = router.top_k if isinstance(router, TokenChoice) else served
+        rest = 0 if self.shared is None else self.shared.token_bytes(d_model)
+        return served * FFNSpec(self.width).token_bytes(d_model) + rest
+
     def build(self, d_model: int, *, rngs: nnx.Rngs, dtype) -> MoE:
         return MoE(self, d_model, rngs=rngs, dtype=dtype)
 

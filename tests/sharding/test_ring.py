@@ -11,7 +11,7 @@ from split_attention import EVERYTHING, TOKENS, compare
 from pallas_kernels import flash_attention
 from pallas_kernels.errors import InputError
 from sharding import zigzag
-from sharding.ring import ring_attention, ring_steps
+from sharding.ring import head_groups, ring_attention, ring_steps
 
 
 @pytest.mark.parametrize("chips", [2, 4, 8])
@@ -97,6 +97,17 @@ def test_gradients() -> None:
 
     for got, want in zip(jax.grad(ring, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_heads_one_group_after_another(monkeypatch) -> None:
+    """Where the sums of all heads would take too much memory."""
+    assert head_groups(4 * 2 * 1024 * 128, 8) == 1
+    assert head_groups(32 * 16384 * 128, 8) == 4
+    assert head_groups(32 * 131072 * 128, 8) == 8  # there are no more to part
+    assert head_groups(32 * 16384 * 128, 1) == 1
+    monkeypatch.setattr("sharding.ring.SHARE", 1e12)
+    compare(ring_attention, 64, 4, lengths=np.array([50, 3], np.int32), **EVERYTHING)
+    compare(ring_attention, 37, 2, heads=6, kv_heads=3, window=9)
 
 
 def test_odd_tokens_are_refused() -> None:
