@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinf.core.stacked import unstack
 from jaxinf.layers.parameters import constant, normal
 from jaxinf.quant import stored
 from pallas_kernels import quantized_matmul
@@ -36,8 +37,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, out=None) -> jax.Array:
         """`x [..., in]` -> `[..., out]` in dtype `out` (default: x's)."""
-        kernel, scales = stored(self.kernel.get_value())
-        y = quantized_matmul(x, kernel, scales, out_dtype=jnp.float32)
+        values, scales = stored(self.kernel.get_value())
+        (kernel, layer), (scales, _) = unstack(values), unstack(scales)
+        y = quantized_matmul(x, kernel, scales, layer=layer, out_dtype=jnp.float32)
         if size(*self._summed) > 1:
             # In the dtype of the result: half the bytes on the wires.
             y = psum(y.astype(x.dtype if out is None else out), *self._summed).astype(jnp.float32)

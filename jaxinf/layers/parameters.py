@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinf.quant import QTensor
+
 
 def normal(
     rngs: nnx.Rngs,
@@ -29,8 +31,13 @@ def normal(
 
 
 def is_in_place(path, value) -> bool:
-    """A filter for `nnx.split`: the parameters made with `in_place`."""
-    return bool(getattr(value, "get_metadata", dict)().get("in_place", False))
+    """A filter for `nnx.split`: parameters that modules take as a `Stacked`.
+
+    Those made with `in_place`, and quantised ones: a plain matrix is cut out of its stack by XLA's own product.
+    """
+    if not isinstance(value, nnx.Variable):
+        return False
+    return value.get_metadata().get("in_place", False) or isinstance(value.get_value(), QTensor)
 
 
 # Jitted, so that layers of one shape share a trace: a model of many layers is described in less time.

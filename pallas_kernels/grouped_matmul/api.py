@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.grouped_matmul import blocks as sizes
 from pallas_kernels.grouped_matmul import kernel, reference, xla
 from pallas_kernels.grouped_matmul.blocks import Blocks, Problem
-from pallas_kernels.validate import check_range, integers
+from pallas_kernels.stacks import check_layer, of_layer, of_stack
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -69,7 +68,7 @@ def grouped_matmul(
             operands or VMEM.
         UnsupportedError: a dtype outside those above; the kernel asked for by name cannot serve the call.
     """
-    layer = _check_layer(rhs, layer)
+    layer = check_layer("rhs", rhs, layer, 4)
     whole = rhs if layer is None else jax.ShapeDtypeStruct(rhs.shape[1:], rhs.dtype)
     scales = rhs_scale
     if layer is not None and rhs_scale is not None:
@@ -78,22 +77,15 @@ def grouped_matmul(
         scales = jax.ShapeDtypeStruct(rhs_scale.shape[1:], rhs_scale.dtype)
     _validate(lhs, whole, group_sizes, scales, transpose, implementation)
     if implementation == "reference":
-        rhs, rhs_scale = _of(rhs, layer), _of(rhs_scale, layer)
+        rhs, rhs_scale = of_layer(rhs, layer), of_layer(rhs_scale, layer)
         return reference.grouped_matmul(lhs, rhs, group_sizes, rhs_scale, transpose=transpose)
     return _jitted(lhs, rhs, group_sizes, rhs_scale, layer, _Static(transpose, blocks, implementation))
-
-
-def _of(stacked: Any, layer: Any) -> Any:
-    """One layer's part of what may be stacked, and may be None."""
-    if layer is None or stacked is None:
-        return stacked
-    return jax.lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _grouped(lhs, rhs, group_sizes, rhs_scale, layer, static: _Static):
     def form(lhs, rhs, group_sizes, rhs_scale, layer):
-        rhs, rhs_scale = _of(rhs, layer), _of(rhs_scale, layer)
+        rhs, rhs_scale = of_layer(rhs, layer), of_layer(rhs_scale, layer)
         return xla.grouped_matmul(lhs, rhs, group_sizes, rhs_scale, transpose=static.transpose)
 
     return dispatch(
@@ -117,13 +109,10 @@ def _grouped_fwd(lhs, rhs, group_sizes, rhs_scale, layer, static):
 
 def _grouped_bwd(static, saved, dout):
     lhs, rhs, group_sizes, rhs_scale, layer = saved
-    own = _of(rhs, layer), group_sizes, _of(rhs_scale, layer)
+    own = of_layer(rhs, layer), group_sizes, of_layer(rhs_scale, layer)
     dlhs, drhs, dscale = xla.backward(lhs, *own, dout, transpose=static.transpose)
 
-    def back(part, stacked):
-        return part if layer is None or part is None else jnp.zeros_like(stacked).at[layer].set(part)
-
-    return dlhs, back(drhs, rhs), None, back(dscale, rhs_scale), None
+    return dlhs, of_stack(drhs, rhs, layer), None, of_stack(dscale, rhs_scale, layer), None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
@@ -161,18 +150,6 @@ def _unsupported(problem: Problem, static: _Static) -> list[str]:
     if not reasons and static.blocks is None and (shortage := sizes.shortage(problem, chips.current())):
         reasons.append(shortage)
     return reasons
-
-
-def _check_layer(rhs, layer) -> jax.Array | None:
-    if rhs.ndim not in (3, 4) or (rhs.ndim == 4) != (layer is not None):
-        raise InputError(
-            f"rhs.shape={rhs.shape} and {layer=}, but stacked matrices have 4 axes and need a layer, others 3."
-        )
-    if layer is None:
-        return None
-    layer = integers("layer", layer, (), "")
-    check_range("layer", layer, 0, rhs.shape[0] - 1, f"rhs stacks {rhs.shape[0]} layers")
-    return jnp.clip(layer, 0, rhs.shape[0] - 1)
 
 
 def _validate(lhs, rhs, group_sizes, rhs_scale, transpose, implementation) -> None:

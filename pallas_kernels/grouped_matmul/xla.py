@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap as sequential
 
 from pallas_kernels import cpu_products
+from pallas_kernels.stored import from_bits, to_bits
 
 # Rows a group has on average, up to which its products are small and read the matrix in place.
 _SMALL_MEAN = 16
@@ -178,23 +179,23 @@ def _product_on_cpu(lhs, rhs, group_sizes, *, transpose):
     dtype = jnp.dtype(jnp.float32) if lhs.dtype == jnp.float16 else _common_dtype(lhs, rhs)
     margin = max(large + small)
     padded = jnp.pad(lhs, ((0, margin), (0, 0)))
-    exact, cast = padded.astype(jnp.float32), cpu_products.bits(padded.astype(dtype))
+    exact, cast = padded.astype(jnp.float32), to_bits(padded.astype(dtype))
     width = min(columns, max(128, _BLOCK_BYTES // (inner * dtype.itemsize) // 128 * 128))
 
     def matrix(g, row):
         # Tied to the loop: what depends on no row is hoisted out of it, for all the matrices at once.
         fenced, _ = jax.lax.optimization_barrier((rhs, row))
-        return jax.lax.dynamic_index_in_dim(cpu_products.bits(fenced), g, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(to_bits(fenced), g, keepdims=False)
 
     def dots(g, row, end, out):
         def block(state):
             i, out = state
             first = jnp.minimum(i * width, columns - width)
             w = jax.lax.dynamic_slice_in_dim(matrix(g, i), first, width, 0 if transpose else 1)
-            w = cpu_products.values(w, rhs.dtype).astype(dtype)
+            w = from_bits(w, rhs.dtype).astype(dtype)
 
             def tile(size, row, out):
-                x = cpu_products.values(jax.lax.dynamic_slice_in_dim(cast, row, size), dtype)
+                x = from_bits(jax.lax.dynamic_slice_in_dim(cast, row, size), dtype)
                 contract = (((1,), (1 if transpose else 0,)), ((), ()))
                 y = jax.lax.dot_general(
                     x, w, contract, precision=_precision(dtype), preferred_element_type=jnp.float32
@@ -231,15 +232,15 @@ def _outer_on_cpu(left, right, group_sizes):
     rows, dtype = left.shape[0], jnp.promote_types(left.dtype, right.dtype)
     dtype = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
     sizes, _ = _plan(rows, group_sizes.shape[0], False)
-    left, right = (cpu_products.bits(jnp.pad(a.astype(dtype), ((0, sizes[0]), (0, 0)))) for a in (left, right))
+    left, right = (to_bits(jnp.pad(a.astype(dtype), ((0, sizes[0]), (0, 0)))) for a in (left, right))
 
     def visit(g, row, end, grad):
         def tile(size, row, total):
             mine = (row + jnp.arange(size) < end)[:, None]
             x, y = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, row, size), 0) for a in (left, right))
             part = jax.lax.dot_general(
-                cpu_products.values(x, dtype),
-                cpu_products.values(y, dtype),
+                from_bits(x, dtype),
+                from_bits(y, dtype),
                 (((0,), (0,)), ((), ())),
                 precision=_precision(dtype),
                 preferred_element_type=jnp.float32,

@@ -13,6 +13,7 @@ from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.quantized_matmul import blocks as sizes
 from pallas_kernels.quantized_matmul import kernel, reference, xla
 from pallas_kernels.quantized_matmul.blocks import Blocks, Problem
+from pallas_kernels.stacks import check_layer, of_layer, of_stack
 from pallas_kernels.vmem import narrow
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -34,6 +35,7 @@ def quantized_matmul(
     w: jax.Array,
     scales: jax.Array | None = None,
     *,
+    layer: jax.typing.ArrayLike | None = None,
     transpose: bool = False,
     activations: Literal["int8"] | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
@@ -53,6 +55,8 @@ def quantized_matmul(
             `jnp.int4`, which a TPU stores as two values a byte.
         scales: float32 `[N]` or `[G, N]`, needed with a `w` of 8 or 4 bits and refused otherwise: output channel
             `n` of the weight is `w[:, n] * scales[n]`, or `w[k, n] * scales[k // (K / G), n]`; G divides K.
+        layer: int or int32 scalar, 0 to L - 1 (out of range under `jit`: the nearest). `w` and `scales` then have
+            an axis of L layers before the others; the kernel reads that layer where it lies, and none is cut out.
         transpose: multiply by the transpose of `w`, as checkpoints and tied heads store it. On a CPU this
             is the faster layout for a few rows and a 16- or 8-bit weight.
         activations: `"int8"` rounds each row of `x` to eight bits and its own scale, and multiplies bytes: twice
@@ -71,31 +75,45 @@ def quantized_matmul(
         UnsupportedError: a dtype outside those above; the kernel asked for by name cannot serve the call.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    _validate(x, w, scales, transpose, activations, out_dtype, implementation)
+    layer = check_layer("w", w, layer, 3)
+    own, own_scales = (_of_one_layer(a, layer) for a in (w, scales))
+    if layer is not None and scales is not None and scales.shape[0] != w.shape[0]:
+        raise InputError(f"scales.shape={scales.shape} must start with the L={w.shape[0]} layers of w.")
+    _validate(x, own, own_scales, transpose, activations, out_dtype, implementation)
     if implementation == "reference":
+        w, scales = of_layer(w, layer), of_layer(scales, layer)
         return reference.quantized_matmul(
             x, w, scales, transpose=transpose, activations=activations, out_dtype=out_dtype
         )
     rows = x.size // max(1, x.shape[-1])
-    if implementation is None and _better_as_a_dot(rows, w, scales):
+    if implementation is None and _better_as_a_dot(rows, own, own_scales):
         implementation = "xla"
     static = _Static(transpose, activations, out_dtype, blocks, implementation)
-    by_group = None if scales is None else scales.reshape(-1, scales.shape[-1])
-    out = _jitted(x.reshape(-1, x.shape[-1]), w, by_group, static)
+    lead = () if layer is None else w.shape[:1]
+    by_group = None if scales is None else scales.reshape(*lead, -1, scales.shape[-1])
+    out = _jitted(x.reshape(-1, x.shape[-1]), w, by_group, layer, static)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x, w, scales, static: _Static):
+def _of_one_layer(stacked, layer):
+    """The shape and dtype of one layer's part."""
+    if layer is None or stacked is None:
+        return stacked
+    return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _matmul(x, w, scales, layer, static: _Static):
     x, x_scale = reference.quantize_rows(x) if static.activations else (x, None)
+    own, own_scales = _of_one_layer(w, layer), _of_one_layer(scales, layer)
     problem = Problem(
         rows=x.shape[0],
         inner=x.shape[1],
-        columns=w.shape[0 if static.transpose else 1],
+        columns=own.shape[0 if static.transpose else 1],
         x=x.dtype.name,
         w=w.dtype.name,
         out=static.out_dtype.name,
-        groups=0 if scales is None else scales.shape[0],
+        groups=0 if own_scales is None else own_scales.shape[0],
         transpose=static.transpose,
     )
     return dispatch(
@@ -105,6 +123,7 @@ def _matmul(x, w, scales, static: _Static):
         x_scale,
         w,
         scales,
+        layer,
         reference=_xla(static),
         xla=_xla(static),
         pallas=partial(_pallas, problem=problem, static=static),
@@ -112,23 +131,23 @@ def _matmul(x, w, scales, static: _Static):
     )
 
 
-def _matmul_fwd(x, w, scales, static):
-    return _matmul(x, w, scales, static), (x, w, scales)
+def _matmul_fwd(x, w, scales, layer, static):
+    return _matmul(x, w, scales, layer, static), (x, w, scales, layer)
 
 
 def _matmul_bwd(static, saved, dout):
-    x, w, scales = saved
+    x, w, scales, layer = saved
     rounded, x_scale = reference.quantize_rows(x) if static.activations else (x, None)
-    dout = dout.astype(jnp.float32)
-    dx, dw, dscales = xla.backward(rounded, x_scale, w, scales, dout, dtype=x.dtype, transpose=static.transpose)
+    own, dout = (of_layer(w, layer), of_layer(scales, layer)), dout.astype(jnp.float32)
+    dx, dw, dscales = xla.backward(rounded, x_scale, *own, dout, dtype=x.dtype, transpose=static.transpose)
     if dw is None and jnp.issubdtype(w.dtype, jnp.floating):
-        dw = jnp.zeros_like(w)
-    return dx, dw, dscales
+        dw = jnp.zeros_like(own[0])
+    return dx, of_stack(dw, w, layer), of_stack(dscales, scales, layer), None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 # Jitted, so that the layers of a model share one trace.
-_jitted = jax.jit(_matmul, static_argnums=3)
+_jitted = jax.jit(_matmul, static_argnums=4)
 
 
 def _better_as_a_dot(rows: int, w, scales) -> bool:
@@ -142,17 +161,29 @@ def _better_as_a_dot(rows: int, w, scales) -> bool:
 
 
 def _xla(static: _Static):
-    return lambda *arrays: xla.quantized_matmul(*arrays, transpose=static.transpose).astype(static.out_dtype)
+    def form(x, x_scale, w, scales, layer):
+        w, scales = of_layer(w, layer), of_layer(scales, layer)
+        return xla.quantized_matmul(x, x_scale, w, scales, transpose=static.transpose).astype(static.out_dtype)
+
+    return form
 
 
-def _pallas(x, x_scale, w, scales, *, problem: Problem, static: _Static, interpret: bool):
+def _pallas(x, x_scale, w, scales, layer, *, problem: Problem, static: _Static, interpret: bool):
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((problem.rows, problem.columns), static.out_dtype)
     if static.blocks is not None and (reasons := sizes.refusals(problem, static.blocks)):
         raise InputError(f"blocks={static.blocks} do not divide the operands: {'; '.join(reasons)}.")
     chosen = tuned.choose("quantized_matmul", sizes, problem, chips.current(), static.blocks)
     return kernel.pallas(
-        x, x_scale, w, scales, problem=problem, blocks=chosen, out_dtype=static.out_dtype, interpret=interpret
+        x,
+        x_scale,
+        w,
+        scales,
+        layer,
+        problem=problem,
+        blocks=chosen,
+        out_dtype=static.out_dtype,
+        interpret=interpret,
     )
 
 

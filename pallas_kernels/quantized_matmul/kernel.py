@@ -18,30 +18,44 @@ def pallas(
     x_scale: jax.Array | None,
     w: jax.Array,
     scales: jax.Array | None,
+    layer: jax.Array | None,
     *,
     problem: Problem,
     blocks: Blocks,
     out_dtype,
     interpret: bool,
 ) -> jax.Array:
-    """`[M, K]`, float32 `[M, 1]` with int8 x, `[K, N]` or `[N, K]`, float32 `[groups, N]` or None -> `[M, N]`."""
+    """`[M, K]`, float32 `[M, 1]` with int8 x, `[K, N]` or `[N, K]`, float32 `[groups, N]` or None -> `[M, N]`.
+
+    With `layer`, int32, the weight and its scales have an axis of layers before these.
+    """
     p, b = problem, blocks
+    if layer is None:
+        layer, w, scales = jnp.int32(0), w[None], None if scales is None else scales[None]
     steps_m, steps_n, steps_k = pl.cdiv(p.rows, b.m), pl.cdiv(p.columns, b.n), p.inner // b.k
     # The inner of the two outer loops is the one whose operand is read again.
     by_columns = columns_outside(p, b)
 
-    def at(index):
-        return (lambda j, i, l: index(i, j, l)) if by_columns else index
+    def at(index, stacked=False):
+        def of(first, second, l, layer):
+            i, j = (second, first) if by_columns else (first, second)
+            return (layer[0], *index(i, j, l)) if stacked else index(i, j, l)
+
+        return of
 
     grid = (steps_n, steps_m, steps_k) if by_columns else (steps_m, steps_n, steps_k)
     w_block, w_index = ((b.n, b.k), lambda i, j, l: (j, l)) if p.transpose else ((b.k, b.n), lambda i, j, l: (l, j))
-    operands = [(x, pl.BlockSpec((b.m, b.k), at(lambda i, j, l: (i, l)))), (w, pl.BlockSpec(w_block, at(w_index)))]
+    operands = [
+        (x, pl.BlockSpec((b.m, b.k), at(lambda i, j, l: (i, l)))),
+        (w, pl.BlockSpec((None, *w_block), at(w_index, stacked=True))),
+    ]
     if x_scale is not None:
         operands.append((x_scale, pl.BlockSpec((b.m, 1), at(lambda i, j, l: (i, 0)))))
     if scales is not None:
         share = max(1, p.groups * b.k // p.inner)
         by_group = p.groups > 1
-        operands.append((scales, pl.BlockSpec((share, b.n), at(lambda i, j, l: (l if by_group else 0, j)))))
+        scales_at = at(lambda i, j, l: (l if by_group else 0, j), stacked=True)
+        operands.append((scales, pl.BlockSpec((None, share, b.n), scales_at)))
     wide = widens(p, b)
     scratch = []
     if steps_k > 1:
@@ -54,20 +68,23 @@ def pallas(
     return pl.pallas_call(
         partial(_body, problem=p, blocks=b, rows_axis=1 if by_columns else 0, keeps=keeps),
         out_shape=jax.ShapeDtypeStruct((p.rows, p.columns), out_dtype),
-        grid=grid,
-        in_specs=[spec for _, spec in operands],
-        out_specs=pl.BlockSpec((b.m, b.n), at(lambda i, j, l: (i, j))),
-        scratch_shapes=scratch,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[spec for _, spec in operands],
+            out_specs=pl.BlockSpec((b.m, b.n), at(lambda i, j, l: (i, j))),
+            scratch_shapes=scratch,
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary" if keeps else "parallel", "arbitrary"),
             vmem_limit_bytes=limit(current(), vmem_bytes(p, b)),
         ),
         interpret=interpret,
         name="quantized_matmul",
-    )(*(operand for operand, _ in operands))
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *(operand for operand, _ in operands))
 
 
-def _body(*operands, problem: Problem, blocks: Blocks, rows_axis: int, keeps: bool):
+def _body(_, *operands, problem: Problem, blocks: Blocks, rows_axis: int, keeps: bool):
     p, b = problem, blocks
     refs: list[Any] = list(operands)
     x, w = refs.pop(0), refs.pop(0)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import cpu_products
+from pallas_kernels.stored import from_bits, to_bits
 
 _FEW_ROWS = 8
 _TILE_BYTES = 1 << 21
@@ -111,9 +112,9 @@ def _by_group_in_tiles(x, w, scales, *, transpose):
         # Without the fence the weight is dequantised whole, outside of the loop.
         (narrow, by_group), i = jax.lax.optimization_barrier(((w, scales), i))
         first = jnp.minimum(i * width, columns - width)
-        tile = jax.lax.dynamic_slice_in_dim(cpu_products.bits(narrow), first, width, axis)
+        tile = jax.lax.dynamic_slice_in_dim(to_bits(narrow), first, width, axis)
         part = jax.lax.dynamic_slice_in_dim(by_group, first, width, 1)
-        wide = _dequantized(cpu_products.values(tile, w.dtype), part, transpose)
+        wide = _dequantized(from_bits(tile, w.dtype), part, transpose)
         return jax.lax.dynamic_update_slice_in_dim(out, _dot(x, wide, transpose=transpose), first, 1)
 
     return jax.lax.fori_loop(0, -(-columns // width), body, _zeros_after(x, columns))
@@ -156,7 +157,7 @@ def _on_cpu(x, w, *, transpose):
     few = 2 if native else _FEW_ROWS
     narrow = w.dtype != jnp.float32 and w.size > _SMALL
     if narrow and rows <= few and cpu_products.can_fuse(inner, transpose):
-        stored = cpu_products.bits(w)
+        stored = to_bits(w)
         return cpu_products.few_rows(x.astype(jnp.float32), stored, w.dtype, transposed=transpose)
     if native and rows == 1 and x.dtype == jnp.bfloat16:
         # A dot of one row is not native; of two it is.
@@ -179,8 +180,8 @@ def _cast_in_tiles(x, w, transpose):
         # Without the fence the cast of the whole weight is hoisted out of the loop.
         fenced, i = jax.lax.optimization_barrier((w, i))
         first = jnp.minimum(i * width, columns - width)
-        tile = jax.lax.dynamic_slice_in_dim(cpu_products.bits(fenced), first, width, axis)
-        tile = cpu_products.values(tile, w.dtype).astype(dtype)
+        tile = jax.lax.dynamic_slice_in_dim(to_bits(fenced), first, width, axis)
+        tile = from_bits(tile, w.dtype).astype(dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, _dot(x, tile, transpose=transpose), first, 1)
 
     return jax.lax.fori_loop(0, -(-columns // width), body, _zeros_after(x, columns))

@@ -349,3 +349,37 @@ def test_a_contraction_that_no_sizes_fit_goes_to_xla():
 
 def test_model_cases_are_named_once():
     assert len({case.name for case in MODELS}) == len(MODELS)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_a_layer_of_a_stack(implementation, transpose, groups) -> None:
+    """The layer's own product, the other layers poisoned where a dtype has NaN: scales."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (5, 256))
+    w = jax.random.randint(keys[1], (3, 128, 256) if transpose else (3, 256, 128), -127, 128, jnp.int8)
+    scales = jax.random.uniform(keys[2], (3, 128) if groups is None else (3, groups, 128))
+    options = dict(transpose=transpose, implementation=implementation)
+    want = quantized_matmul(x, w[1], scales[1], **options)
+    poisoned = scales.at[0].set(jnp.nan).at[2].set(jnp.nan)
+    got = jax.jit(lambda layer: quantized_matmul(x, w, poisoned, layer=layer, **options))(1)
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6 * float(jnp.abs(want).max()))
+    with pytest.raises(InputError, match="layer"):
+        quantized_matmul(x, w, scales, **options)
+    with pytest.raises(InputError, match="stacks 3 layers"):
+        quantized_matmul(x, w, scales, layer=3, **options)
+
+
+def test_gradients_of_a_layer_of_a_stack() -> None:
+    x = jax.random.normal(jax.random.key(0), (4, 32))
+    w = jax.random.normal(jax.random.key(1), (3, 32, 16))
+
+    def loss(x, w, layer=None):
+        return jnp.sum(quantized_matmul(x, w, layer=layer) ** 2)
+
+    dx, dw = jax.grad(loss, (0, 1))(x, w, 2)
+    want_x, want_w = jax.grad(loss, (0, 1))(x, w[2])
+    np.testing.assert_allclose(dx, want_x, rtol=1e-6)
+    np.testing.assert_allclose(dw[2], want_w, rtol=1e-6)
+    assert not np.any(dw[:2])
