@@ -18,3 +18,7 @@ class UnsupportedError(JaxinfError, NotImplementedError):
 
 class CheckpointError(JaxinfError, ValueError):
     """A checkpoint is missing, corrupt, or does not match the model."""
+
+
+class ProcessError(JaxinfError, RuntimeError):
+    """Of a run over several processes, one is missing, lost, or not of the same run."""

@@ -197,8 +197,8 @@ def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors, index: Ind
     if not leaf.stacked and not sources[names[0]].several:
         first = sources[names[0]]
         view = first.view(tensors.read(first.names[0]))[inner]
-        tensors.expect(first.names[0], view)
         if view.dtype == dtype and view.flags.c_contiguous:
+            tensors.expect(first.names[0], view)
             _check_finite(view, first.names[0])
             return view
     out = _aligned(tuple(s.stop - s.start for s in index), dtype)
