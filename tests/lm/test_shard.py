@@ -80,7 +80,12 @@ def on(lm: LM, mesh: str) -> LM:
         return lm.shard(mesh)
 
 
-@pytest.mark.parametrize("mesh", EIGHT)
+# One of each axis, and some together; the others are for the slow tests.
+QUICK = {f"{axis}=8" for axis in AXES} | {"data=2,tensor=4", "pipeline=2,sequence=2,expert=2"}
+MESHES = [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow) for mesh in EIGHT]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_mesh_of_eight(alone, name: str, mesh: str) -> None:
     lm, logits, tokens = alone[name]
