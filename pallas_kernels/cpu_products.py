@@ -16,8 +16,8 @@ it; the ratios are of processor time to that of a float32 dot of one row with a 
   x0.6 when stored [N, K], where a run reads consecutive bytes. Two rows: x0.85 and x0.65; eight: x1.8.
 - Whatever elementwise work produced the activations would be fused in and repeated for every weight; a
   reduction with two results is never fused into its users, so it also serves as the fence (`_settled`).
-- A slice or a reshape of a 16-bit float array is computed in float32, and the widening of the whole array is
-  hoisted out of any loop around it; the same on integers is free. So 16-bit weights travel as `bits`.
+- A slice or a reshape of a bfloat16 or float8 array is computed in float32, and the widening of the whole array is
+  hoisted out of any loop around it; the same on integers is free. So such weights travel as `stored.to_bits`.
 """
 
 from collections.abc import Callable
@@ -26,18 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.stored import from_bits
+
 _RUN = 8
 _LONGEST_RUN = 18
-
-
-def bits(w: jax.Array) -> jax.Array:
-    """A 16-bit float array as uint16; any other array as it is."""
-    return jax.lax.bitcast_convert_type(w, jnp.uint16) if w.dtype in (jnp.bfloat16, jnp.float16) else w
-
-
-def values(stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The inverse of `bits`."""
-    return stored if stored.dtype == dtype else jax.lax.bitcast_convert_type(stored, dtype)
 
 
 def can_fuse(inner: int, transposed: bool) -> bool:
@@ -46,14 +38,14 @@ def can_fuse(inner: int, transposed: bool) -> bool:
 
 
 def few_rows(x: jax.Array, stored: jax.Array, dtype: jnp.dtype, *, transposed: bool) -> jax.Array:
-    """Float32 `x [M, K]` times a weight of `dtype`, given as `bits`, for small `M`; summed in float32.
+    """Float32 `x [M, K]` times a weight of `dtype`, given as `to_bits`, for small `M`; summed in float32.
 
     `stored` is `[K, N]`, or `[N, K]` when `transposed`. Needs `can_fuse(K, transposed)`. Returns `[M, N]`.
     """
     rows, inner = x.shape
 
     def widen(part: jax.Array) -> jax.Array:
-        return values(part, dtype).astype(jnp.float32)
+        return from_bits(part, dtype).astype(jnp.float32)
 
     if rows == 1 and transposed and stored.shape[0] % 2 == 0:
         return _one_row_transposed(_settled(x)[0], stored, widen)
