@@ -107,6 +107,12 @@ class Placed:
         """Stands for the placed array where a program is compiled ahead of time."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.format(mesh))
 
+    def content(self, index: Sequence[slice]) -> tuple[Any, ...]:
+        """Equal for parts of the placed array that hold the same of the model's own."""
+        bounds = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
+        sources = [dim.source(*at) for dim, at in zip(self.dims, bounds, strict=True)]
+        return tuple((o.start, o.stop, None if which is None else which.tobytes(), n) for o, which, n in sources)
+
     def take(self, read: Read, index: Sequence[slice]) -> np.ndarray:
         """Values of the placed array at `index`, where `read` gives those of the model's own."""
         bounds = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
@@ -122,11 +128,11 @@ class Placed:
 
     def put(self, read: Read, mesh: Mesh) -> jax.Array:
         """The array on the mesh; `read` is asked once for each part that this process's devices hold."""
-        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        parts: dict[tuple[Any, ...], np.ndarray] = {}
 
         def part(index: Index | None) -> np.ndarray:
             assert index is not None
-            key = tuple(s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True))
+            key = self.content(index)
             if key not in parts:
                 parts[key] = self.take(read, index)
             return parts[key]

@@ -109,10 +109,11 @@ def assembled(placed: Placed, mesh: Mesh, parts: dict[Any, jax.Array]) -> jax.Ar
 
 def _rounds(wanted: Wanted, mesh: Mesh) -> list[list[_Piece]]:
     """The pieces of an array. With several rounds, each has one layer for every device."""
-    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    alike: dict[Any, list[tuple[Any, Index]]] = {}
     for device, part in parts_of(wanted.placed, mesh).items():
-        devices.setdefault(part, []).append(device)
-    whole = [_Piece(wanted, tuple(slice(*at) for at in part), tuple(some)) for part, some in devices.items()]
+        index = tuple(slice(*at) for at in part)
+        alike.setdefault(wanted.placed.content(index), []).append((device, index))
+    whole = [_Piece(wanted, some[0][1], tuple(device for device, _ in some)) for some in alike.values()]
     layers = whole[0].index[0].stop - whole[0].index[0].start if wanted.stacked else 1
     if layers == 1 or not _by_layer(sum(piece.nbytes for piece in whole), mesh):
         return [whole]
