@@ -18,7 +18,7 @@ from jaxinf import checkpoint
 from jaxinf.cache import Cache
 from jaxinf.generation import Processor, Runner
 from jaxinf.layers import ExpertChoice, MoESpec
-from jaxinf.lm import compilation_cache, scoring
+from jaxinf.lm import compilation_cache, fitting, scoring
 from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages, turn
 from jaxinf.lm.completion import Completion, Score
 from jaxinf.lm.defaults import Defaults, not_done
@@ -115,11 +115,14 @@ class LM:
             hold.
 
         Raises:
-          InputError: an unknown name (the message says which exist) or a number out of range.
+          InputError: an unknown name (the message says which exist) or a number out of range; on TPUs, a model that
+            cannot fit them.
           CheckpointError: the files are missing, corrupt or not understood.
         """
         compilation_cache.enable()
-        loaded = checkpoint.load(locate(name, revision), dtype=dtype, layout=layout, mesh=mesh)
+        folder = locate(name, revision)
+        fitting.check(folder, dtype=dtype, mesh=mesh)
+        loaded = checkpoint.load(folder, dtype=dtype, layout=layout, mesh=mesh)
         generation = dict(loaded.generation)
         for key in ("eos_token_id", "bos_token_id"):
             if generation.get(key) is None and loaded.config.get(key) is not None:

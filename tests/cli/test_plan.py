@@ -115,5 +115,5 @@ def test_through_the_compiler(capsys: pytest.CaptureFixture, checkpoint: Path) -
     said = capsys.readouterr()
     document = json.loads(said.out)
     assert "libtpu" in document["compiler"]
-    assert document["decode"]["witness"] != "arithmetic"
+    assert document["decode"]["witness"] != "arithmetic", document["notes"]
     assert "compiling" in said.err
