@@ -9,6 +9,7 @@ with a seed (--seed), around those of models. Times are the static model's; a sh
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -80,12 +81,14 @@ def call(op: str, seed: int, blocks: dict[str, Any] | None = None) -> Call:
     return random_case(op, seed).call("pallas", blocks=chosen)
 
 
-def has_blocks(op: str) -> bool:
-    try:
-        cases.blocks_of(op)
-    except UnsupportedError:
-        return False
-    return True
+def searched() -> list[str]:
+    """Ops that have block sizes to choose."""
+    found = []
+    for op in cases.ops():
+        with contextlib.suppress(UnsupportedError):
+            cases.blocks_of(op)
+            found.append(op)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", help="also write the table to this file")
     args = parser.parse_args(argv)
-    ops = args.op.split(",") if args.op else [op for op in cases.ops() if has_blocks(op)]
+    ops = args.op.split(",") if args.op else searched()
     shapes = []
     for op in ops:
         names = list(cases.models(op))

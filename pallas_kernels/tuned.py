@@ -8,6 +8,7 @@ Each op with a kernel has a module `blocks.py` with
   Blocks       frozen dataclass of integers
   bucket(problem) -> str                       key of the tuned tables: dtype and rounded shape
   vmem_bytes(problem, blocks) -> int           what the kernel holds in VMEM, double buffers included
+  refusals(problem, blocks) -> list[str]       why the kernel cannot work with them; a bucket holds several shapes
   candidates(problem, chip) -> list[Blocks]    what a search tries; some may not fit
   heuristic(problem, chip) -> Blocks           fits
 """
@@ -90,6 +91,6 @@ def _choose(op: str, blocks: ModuleType | Any, problem: Any, chip: Chip, explici
     entry = table(op).get(chip.name, {}).get(blocks.bucket(problem))
     if entry is not None:
         tuned = blocks.Blocks(**entry["blocks"])
-        if blocks.vmem_bytes(problem, tuned) <= budget(chip):
+        if not blocks.refusals(problem, tuned) and blocks.vmem_bytes(problem, tuned) <= budget(chip):
             return tuned
     return blocks.heuristic(problem, chip)

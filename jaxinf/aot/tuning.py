@@ -82,6 +82,14 @@ class Search:
         """Time of the heuristic's choice."""
         return next((t.seconds for t in self.trials if t.blocks == self.heuristic), None)
 
+    @property
+    def pays(self) -> bool:
+        """Whether the best is so much faster than the heuristic's choice that a table should say so."""
+        best, heuristic = self.best, self.heuristic_seconds
+        if best is None or best.seconds is None:
+            return False
+        return heuristic is None or heuristic > (1 + TIE) * best.seconds
+
     def entry(self) -> dict[str, Any]:
         """What a tuned table keeps.
 

@@ -20,7 +20,8 @@ examples:
 
 No TPU is needed, but libtpu is (`pip install "jaxinf[tpu]"`, Linux): times are those of the compiler's schedule in
 a static model, no measurements. Times within 3 % count as equal, and the choice that takes less VMEM wins. What is
-found is used once it is in the op's table (--write), for all calls in the same bucket of shapes.
+found is used once it is in the op's table (--write), for all calls in the same bucket of shapes; where the built-in
+choice is as fast, no entry is needed and none is written.
 """
 
 
@@ -36,7 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=count, default=1, metavar="N", help="compilers at a time (default: 1)")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--write", action="store_true", help="put the best into the table that ships with the op")
+    where.add_argument(
+        "--write", action="store_true", help="put the best into the table that ships with the op, if that pays"
+    )
     where.add_argument("--output", metavar="FILE", help="put the best into this table")
     add_json(parser)
 
@@ -62,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         searches.append(found)
         if not args.json:
             print(_text(found))
-        if target is not None and found.best is not None:
+        if args.write and found.best is not None and not found.pays:
+            output.note("not written: the built-in choice is as fast")
+        elif target is not None and found.best is not None:
             tuning.write(target, [found])
             output.note(f"written to {target}")
     if args.json:

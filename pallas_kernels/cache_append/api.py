@@ -6,7 +6,7 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cache_append.blocks import Blocks
+from pallas_kernels.cache_append.blocks import Blocks, misfits
 from pallas_kernels.cache_append.kernel import pallas
 from pallas_kernels.cache_append.quantize import quantize_tokens
 from pallas_kernels.cache_append.reference import reference
@@ -140,6 +140,4 @@ def _unsupported(cache: jax.Array, blocks: Blocks | None) -> list[str]:
     reasons = []
     if cache.dtype == jnp.float16:
         reasons.append("a float16 cache has no vector loads on TPUs: store bfloat16 or float32")
-    if blocks is not None and cache.shape[1] % blocks.rows:
-        reasons.append(f"blocks.rows={blocks.rows} does not divide the batch of {cache.shape[1]}")
-    return reasons
+    return reasons + ([] if blocks is None else misfits(cache.shape[1], blocks))

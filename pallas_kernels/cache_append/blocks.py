@@ -84,6 +84,16 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     return total
 
 
+def refusals(problem: Problem, blocks: Blocks) -> list[str]:
+    """Why the kernel cannot work with these sizes."""
+    return misfits(problem.batch, blocks)
+
+
+def misfits(batch: int, blocks: Blocks) -> list[str]:
+    """The same: only the batch counts."""
+    return [f"blocks.rows={blocks.rows} does not divide the batch of {batch}"] if batch % blocks.rows else []
+
+
 def candidates(problem: Problem, chip: Chip) -> list[Blocks]:
     """What a search tries."""
     windows = (8,) if problem.tokens == 1 else (128, 256, 512, 1024)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pallas_kernels import tuned
-from pallas_kernels.chips import Chip
+from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.errors import InputError
 from pallas_kernels.flash_attention.schedule import MAX_TILES
 
@@ -149,6 +149,12 @@ def heuristic(problem: Problem, chip: Chip) -> Blocks:
             break
         blocks = wider
     return blocks
+
+
+def refusals(problem: Problem, blocks: Blocks) -> list[str]:
+    """Why the kernel cannot work with these sizes: any are fitted to the call, but lists may be too long."""
+    need, most = smem_bytes(problem, blocks), min(chip.smem for chip in CHIPS.values()) * 3 // 4
+    return [] if need <= most else [f"lists of {need} bytes are more than {most} bytes of SMEM"]
 
 
 def _heads(problem: Problem) -> int:

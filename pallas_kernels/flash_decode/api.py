@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, check_implementation, dispatch
 from pallas_kernels.errors import InputError
-from pallas_kernels.flash_decode.blocks import LANES, Blocks
+from pallas_kernels.flash_decode.blocks import Blocks, misfits
 from pallas_kernels.flash_decode.kernel import pallas
 from pallas_kernels.flash_decode.reference import reference
 from pallas_kernels.flash_decode.xla import xla
@@ -191,8 +191,4 @@ def _unsupported(k: jax.Array, batch: int, blocks: Blocks | None) -> list[str]:
     reasons = []
     if k.dtype == jnp.float16:
         reasons.append("a float16 cache has no vector loads on TPUs: store bfloat16 or float32")
-    if blocks is not None and blocks.kv % LANES:
-        reasons.append(f"blocks.kv={blocks.kv} is no multiple of {LANES}")
-    if blocks is not None and batch % blocks.rows:
-        reasons.append(f"blocks.rows={blocks.rows} does not divide the batch of {batch}")
-    return reasons
+    return reasons + ([] if blocks is None else misfits(batch, blocks))

@@ -120,6 +120,8 @@ def bucket(problem: Problem) -> str:
     parts = [p.dtype, p.cache, f"b{_rounded(p.batch)}", f"k{p.kv_heads}", f"r{_rounded(p.rows)}"]
     parts += [f"s{_rounded(p.slots)}", f"d{p.head_dim}", f"v{p.value_dim}"]
     parts += ["ring"] * p.ring
+    if p.left is not None and not p.ring:
+        parts.append(f"w{_rounded(p.left + 1)}")
     return "-".join(parts)
 
 
@@ -146,6 +148,21 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     scores = units * rows * blocks.kv * 3 * 4
     values = blocks.kv * (p.head_dim + p.value_dim) * 4
     return buffers + state + ends + scores + values
+
+
+def refusals(problem: Problem, blocks: Blocks) -> list[str]:
+    """Why the kernel cannot work with these sizes."""
+    return misfits(problem.batch, blocks)
+
+
+def misfits(batch: int, blocks: Blocks) -> list[str]:
+    """The same, of all that only depends on the batch."""
+    reasons = []
+    if blocks.kv % LANES:
+        reasons.append(f"blocks.kv={blocks.kv} is no multiple of {LANES}")
+    if batch % blocks.rows:
+        reasons.append(f"blocks.rows={blocks.rows} does not divide the batch of {batch}")
+    return reasons
 
 
 def cores(problem: Problem, blocks: Blocks, chip: Chip) -> int:

@@ -130,8 +130,8 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     return held + windows + rows * state + wide + scores
 
 
-def check(problem: Problem, blocks: Blocks) -> None:
-    """Refuses sizes that the kernel cannot work in."""
+def refusals(problem: Problem, blocks: Blocks) -> list[str]:
+    """Why the kernel cannot work with these sizes."""
     total = blocks.pages * problem.page
     wrong = [
         f"{name}={size}, which must divide {total} and be a multiple of {_up(problem.page, LANES)}"
@@ -142,8 +142,7 @@ def check(problem: Problem, blocks: Blocks) -> None:
         wrong.append(f"keys={blocks.keys} and keys_one={blocks.keys_one}, one of which must divide the other")
     if blocks.q % blocks.q_tile or blocks.q_tile % 8:
         wrong.append(f"q_tile={blocks.q_tile}, which must divide q={blocks.q} and be a multiple of 8")
-    if wrong:
-        raise InputError(f"blocks={blocks} for pages of {problem.page} tokens: {'; '.join(wrong)}.")
+    return wrong
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Blocks]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.errors import InputError
 from pallas_kernels.ragged_paged_attention.attend import Attend, State
-from pallas_kernels.ragged_paged_attention.blocks import Blocks, check, problem, vmem_bytes
+from pallas_kernels.ragged_paged_attention.blocks import Blocks, problem, refusals, vmem_bytes
 from pallas_kernels.ragged_paged_attention.pages import LANES
 from pallas_kernels.ragged_paged_attention.reference import Arrays
 from pallas_kernels.ragged_paged_attention.walk import Walk
@@ -61,7 +62,8 @@ def pallas(
     """The same maths, arguments and results as the reference; lse is None unless asked for."""
     del right  # Causality hides what is right of a query.
     facts = problem(arrays, value_dim=value_dim, latent=latent, return_lse=return_lse)
-    check(facts, blocks)
+    if wrong := refusals(facts, blocks):
+        raise InputError(f"blocks={blocks} for pages of {facts.page} tokens: {'; '.join(wrong)}.")
     tokens, heads, dim = arrays.q.shape
     groups, page, width = arrays.pages.shape[-3:]
     share = heads // groups

@@ -38,9 +38,15 @@ def test_of_equal_times_the_one_with_less_vmem_is_best() -> None:
     assert (entry["blocks"], entry["ms"], entry["compiler"]) == ({"m": 2}, 1.02, "libtpu 1")
 
 
+@pytest.mark.parametrize(("heuristic", "pays"), [(1, False), (2, False), (3, True), (4, True)])
+def test_an_entry_pays_where_the_heuristic_is_slower_or_does_not_compile(heuristic: int, pays: bool) -> None:
+    assert search(FAST, TIED, SLOW, REFUSED, heuristic={"m": heuristic}).pays == pays
+
+
 def test_nothing_that_compiles() -> None:
     found = search(REFUSED)
     assert found.best is None
+    assert not found.pays
     with pytest.raises(UnsupportedError, match="no block sizes of an_op compile"):
         found.entry()
 
