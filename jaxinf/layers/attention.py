@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinf.cache import AttentionRule, LayerCache, Step
-from jaxinf.cache.base import attend_alone
+from jaxinf.cache.base import DECODE_TOKENS, attend_alone
 from jaxinf.layers.linear import Linear
 from jaxinf.layers.norm import NormSpec, RMSNormSpec
 from jaxinf.layers.parameters import constant
@@ -153,6 +153,9 @@ class Attention(nnx.Module):
             x = norm(x)
         if spec.clip is not None:
             x = jnp.clip(x, -spec.clip, spec.clip)
+        if x.shape[1] <= DECODE_TOKENS:
+            # Or a TPU's layout of heads reaches back to the weights, and a decode loop begins by copying them.
+            x = jax.lax.optimization_barrier(x)
         x = x.reshape(*x.shape[:2], -1, spec.head_dim)
         if norm is not None and over != "width":
             x = norm(x)
