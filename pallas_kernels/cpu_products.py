@@ -16,11 +16,14 @@ it; the ratios are of processor time to that of a float32 dot of one row with a 
   x0.6 when stored [N, K], where a run reads consecutive bytes. Two rows: x0.85 and x0.65; eight: x1.8.
 - Whatever elementwise work produced the activations would be fused in and repeated for every weight; a
   reduction with two results is never fused into its users, so it also serves as the fence (`_settled`).
+- What is cut out of a larger array at a place that is data is fused into a loop that reads it once, and copied
+  first for one that reads it twice. So the two halves of a weight that one row needs are cut out one by one:
+  x0.6 from float32, x0.25 from bfloat16 and x0.3 from int8, against cutting the weight out.
 - A slice or a reshape of a bfloat16 or float8 array is computed in float32, and the widening of the whole array is
   hoisted out of any loop around it; the same on integers is free. So such weights travel as `stored.to_bits`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,22 +40,34 @@ def can_fuse(inner: int, transposed: bool) -> bool:
     return inner % (8 * _RUN if transposed else _RUN) == 0
 
 
+def can_halve(shape: tuple[int, int], dtype: jnp.dtype, transposed: bool) -> bool:
+    """Whether `one_row` serves a weight of this shape, `[K, N]` or, transposed, `[N, K]`."""
+    part = 2 if transposed else 2 * _run(shape[0], dtype)
+    return can_fuse(shape[1 if transposed else 0], transposed) and shape[0] % part == 0
+
+
+def one_row(x: jax.Array, halves: Sequence[jax.Array], dtype: jnp.dtype, *, transposed: bool) -> jax.Array:
+    """`few_rows` of one row and the upper and the lower half of `stored`. Needs `can_halve`."""
+
+    def widen(part: jax.Array) -> jax.Array:
+        return from_bits(part, dtype).astype(jnp.float32)
+
+    x = _settled(x)[0]
+    return _one_row_transposed(x, halves, widen) if transposed else _one_row(x, halves, widen, dtype)
+
+
 def few_rows(x: jax.Array, stored: jax.Array, dtype: jnp.dtype, *, transposed: bool) -> jax.Array:
     """Float32 `x [M, K]` times a weight of `dtype`, given as `to_bits`, for small `M`; summed in float32.
 
     `stored` is `[K, N]`, or `[N, K]` when `transposed`. Needs `can_fuse(K, transposed)`. Returns `[M, N]`.
     """
-    rows, inner = x.shape
+    (rows, _), (height, breadth) = x.shape, stored.shape
 
     def widen(part: jax.Array) -> jax.Array:
         return from_bits(part, dtype).astype(jnp.float32)
 
-    if rows == 1 and transposed and stored.shape[0] % 2 == 0:
-        return _one_row_transposed(_settled(x)[0], stored, widen)
-    # Measured: longer runs pay for int8 alone.
-    run = 16 if stored.dtype == jnp.int8 and inner % 32 == 0 else _RUN
-    if rows == 1 and not transposed and inner % (2 * run) == 0:
-        return _one_row(_settled(x)[0], stored, widen, run)
+    if rows == 1 and can_halve((height, breadth), dtype, transposed):
+        return one_row(x, stored.reshape(2, height // 2, breadth), dtype, transposed=transposed)
     padded = _settled(jnp.pad(x, ((0, rows % 2), (0, 0))))
     return _pairs_of_rows(padded, stored, widen, transposed)[:rows]
 
@@ -81,22 +96,28 @@ def _over_ones(partial: jax.Array, *, leading: bool) -> jax.Array:
     return jnp.dot(ones, partial, precision="highest") if leading else jnp.dot(partial, ones, precision="highest")
 
 
-def _one_row(x: jax.Array, stored: jax.Array, widen: Callable, run: int) -> jax.Array:
+def _run(inner: int, dtype: jnp.dtype) -> int:
+    # Measured: longer runs pay for int8 alone.
+    return 16 if dtype == jnp.int8 and inner % 32 == 0 else _RUN
+
+
+def _one_row(x: jax.Array, halves: Sequence[jax.Array], widen: Callable, dtype: jnp.dtype) -> jax.Array:
     # The two sums: the upper and the lower half of K.
-    columns, blocks = stored.shape[1], x.shape[0] // (2 * run)
-    weight = stored.reshape(2, blocks, run, columns)
+    run = _run(x.shape[0], dtype)
+    columns, blocks = halves[0].shape[1], x.shape[0] // (2 * run)
+    first, second = (widen(halves[i].reshape(blocks, run, columns)) for i in (0, 1))
     x = x.reshape(2, blocks, run, 1)
-    upper, lower = _sums(x[0] * widen(weight[0]), x[1] * widen(weight[1]), 1)
+    upper, lower = _sums(x[0] * first, x[1] * second, 1)
     return (_over_ones(upper, leading=True) + _over_ones(lower, leading=True))[None]
 
 
-def _one_row_transposed(x: jax.Array, stored: jax.Array, widen: Callable) -> jax.Array:
+def _one_row_transposed(x: jax.Array, halves: Sequence[jax.Array], widen: Callable) -> jax.Array:
     # The two sums: the upper and the lower half of the rows of the weight.
-    rows, inner = stored.shape
+    rows, inner = halves[0].shape
     run = next(r for r in range(_LONGEST_RUN, 0, -1) if inner % (8 * r) == 0)
-    weight = stored.reshape(2, rows // 2, run, inner // run)
+    first, second = (widen(halves[i].reshape(rows, run, inner // run)) for i in (0, 1))
     x = x.reshape(1, run, inner // run)
-    upper, lower = _sums(x * widen(weight[0]), x * widen(weight[1]), 1)
+    upper, lower = _sums(x * first, x * second, 1)
     return jnp.concatenate([_over_ones(upper, leading=False), _over_ones(lower, leading=False)])[None]
 
 

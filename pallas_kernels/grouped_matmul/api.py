@@ -85,8 +85,8 @@ def grouped_matmul(
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _grouped(lhs, rhs, group_sizes, rhs_scale, layer, static: _Static):
     def form(lhs, rhs, group_sizes, rhs_scale, layer):
-        rhs, rhs_scale = of_layer(rhs, layer), of_layer(rhs_scale, layer)
-        return xla.grouped_matmul(lhs, rhs, group_sizes, rhs_scale, transpose=static.transpose)
+        scale = of_layer(rhs_scale, layer)
+        return xla.grouped_matmul(lhs, rhs, group_sizes, scale, transpose=static.transpose, layer=layer)
 
     return dispatch(
         "grouped_matmul",

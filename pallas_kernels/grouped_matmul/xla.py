@@ -5,7 +5,7 @@ that it indexes. So the groups that have rows are visited in turn, and each take
 static sizes, the largest first:
 
 - a tile of one, two or eight rows reads the matrix in place, in its stored dtype (`cpu_products`): a decode
-  step pays for its active experts alone, and for their stored bytes;
+  step pays for its active experts alone, and for their stored bytes, in one layer of a stack too;
 - larger tiles first copy the matrix, cast where that is needed, in column blocks, once for all the rows of the
   group, and go to a dot.
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap as sequential
 
 from pallas_kernels import cpu_products
+from pallas_kernels.stacks import of_layer
 from pallas_kernels.stored import from_bits, to_bits
 
 # Rows a group has on average, up to which its products are small and read the matrix in place.
@@ -30,10 +31,19 @@ _BLOCK_BYTES = 1 << 22
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, rhs_scale: jax.Array | None, *, transpose: bool
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    rhs_scale: jax.Array | None,
+    *,
+    transpose: bool,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
-    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`."""
-    out = _product(lhs, rhs, group_sizes, transpose)
+    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`.
+
+    With a layer the matrices, though not the scales, are stacked along a first axis.
+    """
+    out = _product(lhs, rhs, group_sizes, transpose, layer)
     if rhs_scale is not None:
         out = out * rhs_scale[_group_of_row(group_sizes, lhs.shape[0])]
     return out.astype(lhs.dtype)
@@ -67,14 +77,15 @@ def _group_of_row(group_sizes, rows):
     return jnp.minimum(jnp.sum(before, axis=1), group_sizes.shape[0] - 1)
 
 
-def _product(lhs, rhs, group_sizes, transpose):
+def _product(lhs, rhs, group_sizes, transpose, layer=None):
     """float32 `lhs[i] @ rhs[g]` (or `rhs[g].T`), 0 beyond the total."""
     if 0 in (*lhs.shape, *rhs.shape):
-        return jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose else 2]), jnp.float32)
+        return jnp.zeros((lhs.shape[0], rhs.shape[-2 if transpose else -1]), jnp.float32)
     return jax.lax.platform_dependent(
         lhs,
         rhs,
         group_sizes,
+        *(() if layer is None else (layer,)),
         cpu=partial(_product_on_cpu, transpose=transpose),
         # Under vmap one call at a time: the ragged dot has no rule for a batch of rows with shared matrices.
         default=sequential(partial(_ragged_product, transpose=transpose)),
@@ -98,7 +109,8 @@ def _common_dtype(lhs, rhs):
     return lhs.dtype if rhs.dtype == jnp.int8 else jnp.promote_types(lhs.dtype, rhs.dtype)
 
 
-def _ragged_product(lhs, rhs, group_sizes, *, transpose):
+def _ragged_product(lhs, rhs, group_sizes, layer=None, *, transpose):
+    rhs = of_layer(rhs, layer)
     dtype = _common_dtype(lhs, rhs)
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2 if transpose else 1,)), ((), ())),
@@ -172,20 +184,23 @@ def _plan(rows: int, groups: int, in_place: bool) -> tuple[tuple[int, ...], tupl
     return tuple(s for s in (top, top // 4, top // 16) if s >= 8), ()
 
 
-def _product_on_cpu(lhs, rhs, group_sizes, *, transpose):
-    rows, inner = lhs.shape
-    columns = rhs.shape[1 if transpose else 2]
-    large, small = _plan(rows, rhs.shape[0], cpu_products.can_fuse(inner, transpose))
+def _product_on_cpu(lhs, rhs, group_sizes, layer=None, *, transpose):
+    (rows, inner), (height, breadth) = lhs.shape, rhs.shape[-2:]
+    columns, groups = height if transpose else breadth, group_sizes.shape[0]
+    before = 0 if layer is None else layer * groups
+    large, small = _plan(rows, groups, cpu_products.can_fuse(inner, transpose))
     dtype = jnp.dtype(jnp.float32) if lhs.dtype == jnp.float16 else _common_dtype(lhs, rhs)
     margin = max(large + small)
     padded = jnp.pad(lhs, ((0, margin), (0, 0)))
     exact, cast = padded.astype(jnp.float32), to_bits(padded.astype(dtype))
     width = min(columns, max(128, _BLOCK_BYTES // (inner * dtype.itemsize) // 128 * 128))
 
-    def matrix(g, row):
+    def matrix(g, row, part=0, parts=1):
+        """One of so many equal parts of a group's matrix, along its first axis."""
         # Tied to the loop: what depends on no row is hoisted out of it, for all the matrices at once.
         fenced, _ = jax.lax.optimization_barrier((rhs, row))
-        return jax.lax.dynamic_index_in_dim(to_bits(fenced), g, keepdims=False)
+        stack = to_bits(fenced).reshape(-1, height // parts, breadth)
+        return jax.lax.dynamic_index_in_dim(stack, (before + g) * parts + part, keepdims=False)
 
     def dots(g, row, end, out):
         def block(state):
@@ -213,7 +228,11 @@ def _product_on_cpu(lhs, rhs, group_sizes, *, transpose):
     def in_place(g, row, end, out):
         def tile(size, row, out):
             x = jax.lax.dynamic_slice_in_dim(exact, row, size)
-            y = cpu_products.few_rows(x, matrix(g, row), rhs.dtype, transposed=transpose)
+            if size == 1 and cpu_products.can_halve((height, breadth), rhs.dtype, transpose):
+                halves = [matrix(g, row, part, 2) for part in (0, 1)]
+                y = cpu_products.one_row(x, halves, rhs.dtype, transposed=transpose)
+            else:
+                y = cpu_products.few_rows(x, matrix(g, row), rhs.dtype, transposed=transpose)
             return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
 
         return _tiles(small, 0, row, end, tile, out)[1]
