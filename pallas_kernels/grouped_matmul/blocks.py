@@ -179,7 +179,10 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
     # A program runs on one core, or on both where they are one device and the loop over columns can be split.
     share = 1 if chip.megacore and steps_n > 1 else 1 / chip.cores
     bandwidth = share * chip.bandwidth
-    copy = (x + w + p.rows * p.columns * bits(p.lhs) / 8) / bandwidth / steps
+    # Steps with a new part of a matrix: the next tile of the same group uses the part that is there, and nothing
+    # is copied meanwhile.
+    fetching = steps if steps_k > 1 else active * steps_n
+    copy = (x + w + p.rows * p.columns * bits(p.lhs) / 8) / bandwidth / fetching
     first = (b.m * b.k * bits(p.lhs) + b.k * b.n * bits(p.rhs)) / 8 / bandwidth
     written = b.m * b.n * bits(p.lhs) / 8 / bandwidth
     peak = share * chip.bf16 / (6 if p.compute == "float32" else 1)
@@ -201,7 +204,7 @@ def seconds(problem: Problem, blocks: Blocks, chip: Chip) -> float:
     if steps_k > 1:
         product += 4 * mine * b.n / 1024 / chip.clock
     product += STEP
-    copies = steps * max(copy, (copy + product + LATENCY) / 2) + product
+    copies = fetching * max(copy, (copy + product + LATENCY) / 2) + (steps - fetching + 1) * product
     # One step hides the copies of the next; a group that a tile's end cuts has short steps.
     exposed = (tiles - 1) * steps_n * max(0.4 * first, first - product)
     return LATENCY + max(first + steps * product + exposed + written, copies)

@@ -276,6 +276,23 @@ def test_sizes_of_any_shape_fit_and_divide(rows, inner, columns, groups, dtype, 
     assert not sizes.refusals(problem, chosen)
 
 
+@pytest.mark.parametrize(
+    ("shape", "blocks", "milliseconds"),
+    [
+        ((32768, 1920, 12160, 256), (256, 12160, 1920, 128, 128), 9.627),
+        ((32768, 1920, 12160, 256), (512, 6144, 1920, 128, 128), 8.570),
+        ((32768, 1920, 12160, 256), (2048, 6144, 1920, 256, 128), 8.049),
+        ((32768, 2048, 7168, 256), (256, 7168, 2048, 128, 128), 5.617),
+        ((32768, 2048, 7168, 256), (2048, 3584, 2048, 256, 128), 5.041),
+        ((2048, 2048, 768, 128), (128, 768, 2048, 32, 32), 0.261),
+    ],
+)
+def test_the_model_of_time_against_the_compiler_s_schedule(shape, blocks, milliseconds):
+    """Many groups on v6e, bound by their matrices: tiles that cut few groups keep the copies going."""
+    model = sizes.seconds(Problem(*shape, "bfloat16", "bfloat16"), Blocks(*blocks), chips.find("v6e"))
+    assert model == pytest.approx(milliseconds / 1e3, rel=0.05)
+
+
 def refused(
     error, match, lhs=(4, 8), rhs=(3, 8, 5), sizes=(1, 1, 1), lhs_dtype="float32", dtype="float32", **options
 ):
