@@ -1,29 +1,38 @@
-"""Ctrl-C that falls into a callback of the collector, where Python reports exceptions and drops them."""
+"""Ctrl-C that is lost: raised inside callbacks of the collector or of extension modules, which drop exceptions."""
 
 from __future__ import annotations
 
+import signal
 import sys
 
-_dropped = False
+_pressed = False
 
 
 def keep() -> None:
-    """From now on `check` knows of interrupts that were dropped, and nothing is printed of them."""
+    """From now on `check` knows of Ctrl-C, and nothing is printed of interrupts that were dropped."""
     report = sys.unraisablehook
 
     def hook(unraisable) -> None:
-        global _dropped
+        global _pressed
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            _dropped = True
+            _pressed = True
         else:
             report(unraisable)
 
     sys.unraisablehook = hook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _press)
 
 
 def check() -> None:
-    """Raises the KeyboardInterrupt that was dropped, if one was."""
-    global _dropped
-    if _dropped:
-        _dropped = False
+    """Raises KeyboardInterrupt if Ctrl-C was pressed since the last check, also if it was raised then and dropped."""
+    global _pressed
+    if _pressed:
+        _pressed = False
         raise KeyboardInterrupt
+
+
+def _press(number, frame) -> None:
+    global _pressed
+    _pressed = True
+    signal.default_int_handler(number, frame)

@@ -1,10 +1,31 @@
-"""Interrupts that Python drops."""
+"""Interrupts that are dropped before anybody hears of them."""
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from jaxinf.cli import interrupts
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_a_press_that_code_clears_comes_late_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As extension modules do that compare or hash objects of Python and ignore what these raise."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    interrupts.keep()
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+    interrupts.check()
 
 
 def test_a_dropped_interrupt_comes_late_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
