@@ -25,7 +25,7 @@ def keep() -> None:
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed since the last check, also if it was raised then and dropped."""
+    """Raises KeyboardInterrupt if Ctrl-C was pressed since the last check, even if it was raised and dropped."""
     global _pressed
     if _pressed:
         _pressed = False

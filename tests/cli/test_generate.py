@@ -154,7 +154,7 @@ def test_ctrl_c_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path) -> Non
         while len(seen) < 40:  # it writes
             seen += process.stdout.read1(64)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert (seen + out).endswith(b"\n")
     assert re.fullmatch(rb"\d+ tokens, first after .* \(interrupted\)\n", err)
