@@ -82,6 +82,19 @@ def _choices(n: int, count: int) -> list[tuple[int, ...]]:
     return [(*head, last) for last in range(n) for head in _choices(last, count - 1)]
 
 
+def part(ways: Ways, chips: int) -> Ways:
+    """Of an axis that runs along `ways`, what a group of so many neighbours does."""
+    found = []
+    for way in ways:
+        length = math.gcd(way.length, chips)
+        if length > 1:
+            found.append(way if length == way.length else Way(length, False, way.link))
+            chips //= length
+    if chips > 1:
+        found.append(Way(chips, False, min((w.link for w in ways), default=1.0)))
+    return tuple(found)
+
+
 def between(where: Slice, places: Sequence[tuple[int, ...]]) -> Ways:
     """What a group of chips at these coordinates runs along: the box that they fill, or else one long line.
 

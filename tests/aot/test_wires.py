@@ -60,3 +60,10 @@ def test_a_group_of_chips_by_their_coordinates() -> None:
     assert [(w.length, w.ring) for w in torus] == [(4, True)]
     pair = wires.between(find("7x"), [(0, 0, 0, 0), (0, 0, 0, 1)])
     assert pair[0].link == wires.ON_CHIP * find("7x").facts.wires.link
+
+
+def test_neighbours_along_an_axis() -> None:
+    tensor = wires.ways(find("v5p-128"), {"tensor": 64})["tensor"]
+    assert [(w.length, w.ring) for w in wires.part(tensor, 8)] == [(4, True), (2, False)]
+    assert wires.part(tensor, 64) == tensor
+    assert wires.part((), 1) == ()

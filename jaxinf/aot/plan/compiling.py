@@ -254,9 +254,7 @@ def used(found: Sequence[Collective], where: Slice, sizes: Mapping[str, int]) ->
     uses = []
     for (axes, kind, size, chips), times in counts.items():
         way = tuple(w for axis in axes.split("+") for w in ways.get(axis, ()))
-        if math.prod(w.length for w in way) != chips:  # a part of an axis: neighbours
-            way = (wires.Way(chips, False, where.facts.wires.link),)
-        each = wires.seconds(kind, size, way)
+        each = wires.seconds(kind, size, wires.part(way, chips))
         sent = Collective("", kind, size, chips).sent
         uses.append(Use(axes, kind, size, chips, times, times * sent, times * each))
     return tuple(sorted(uses, key=lambda u: -u.seconds))

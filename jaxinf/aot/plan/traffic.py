@@ -91,9 +91,7 @@ def ticks(case: Case, sizes: Sizes) -> tuple[int, int]:
 
 
 def _use(where: Slice, sizes: Sizes, axis: str, kind: str, size: int, chips: int, times: float) -> Use:
-    ways = wires.ways(where, sizes)[axis]
-    if chips != sizes[axis]:  # a part of it: neighbours
-        ways = (wires.Way(chips, False, where.facts.wires.link),)
+    ways = wires.part(wires.ways(where, sizes)[axis], chips)
     each = wires.seconds(kind, size, ways)
     return Use(axis, kind, size, chips, round(times), times * sent(kind, size, chips), times * each)
 

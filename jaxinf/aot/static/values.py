@@ -2,7 +2,7 @@
 
 Loops are followed through their first trip, branches where the predicate is known. Inside a `shard_map` the program
 is the first chip's, and all chips are taken to hold the same: a sum is so many times its value. Where a mixture
-chooses experts by scores that nobody knows, tokens are taken to go to all experts in turn.
+chooses experts by scores that nobody knows, tokens are taken to go to all experts in turn, with equal weights.
 """
 
 from __future__ import annotations
@@ -138,8 +138,18 @@ class _Run:
     def _do_top_k(self, equation: Any, values: list[Any]) -> list[Any] | None:
         if values[0] is not None:
             return _evaluate(equation, values)
-        shape, among = equation.outvars[1].aval.shape, equation.invars[0].aval.shape[-1]
-        return [None, (np.arange(math.prod(shape), dtype=np.int32) % among).reshape(shape)]
+        best, among = equation.outvars[0].aval, equation.invars[0].aval.shape[-1]
+        alike = np.full(best.shape, 1 / best.shape[-1], best.dtype)
+        return [alike, (np.arange(math.prod(best.shape), dtype=np.int32) % among).reshape(best.shape)]
+
+    def _do_sort(self, equation: Any, values: list[Any]) -> list[Any] | None:
+        """Known keys order what is known beside them, whatever travels along."""
+        keys, axis = values[: equation.params["num_keys"]], equation.params["dimension"]
+        if any(key is None for key in keys):
+            return None
+        order = np.lexsort([np.moveaxis(np.asarray(key), axis, -1) for key in reversed(keys)], axis=-1)
+        order = np.moveaxis(order, -1, axis)
+        return [None if v is None else np.take_along_axis(np.asarray(v), order, axis) for v in values]
 
     def _collective(self, equation: Any, values: list[Any]) -> list[Any] | None:
         name, params = equation.primitive.name, equation.params

@@ -96,6 +96,15 @@ def test_unknown_scores_spread_tokens_over_all_experts() -> None:
     assert known(fn, jax.ShapeDtypeStruct((6, 4), jnp.float32), X) == [[3, 3, 3, 3]]
 
 
+def test_known_keys_are_sorted_beside_what_is_unknown() -> None:
+    def fn(keys, weights, x):
+        sorted_keys, places, _ = jax.lax.sort((keys, jnp.arange(4, dtype=jnp.int32), weights), num_keys=1)
+        return kernel(sorted_keys, x) + kernel(places, x)
+
+    keys = np.array([2, 0, 1, 0], np.int32)
+    assert known(fn, keys, jax.ShapeDtypeStruct((4,), jnp.float32), X) == [[0, 0, 1, 2], [1, 3, 2, 0]]
+
+
 def test_what_depends_on_unknown_data_is_unknown() -> None:
     def fn(lengths, x):
         return kernel(lengths + jnp.argmax(x).astype(jnp.int32), x)
