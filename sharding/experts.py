@@ -29,7 +29,7 @@ from sharding.collectives import all_gather, all_to_all, index, reduce_scatter, 
 
 PLAN_BYTES = 1 << 21
 """What an exchange must save to be worth its plan, the sorting of tokens by destination: a v5e sends this much over
-one axis in the time that the plan takes there by the static model, some 25 microseconds."""
+one axis in the time that the plan takes there by the static model, some 20 microseconds."""
 
 WINDOW, LEAST_WINDOW = 1.5, 1024
 """Pairs of a row and an expert that a chip serves at a time: so many times its share of a balanced load, and at

@@ -14,6 +14,7 @@ from tpu_compiler import needs_compiler
 from jaxinf.aot import lower, topology
 from jaxinf.layers import ClampedGated, ExpertChoice, FFNSpec, MoESpec, Plain, TokenChoice
 from jaxinf.layers.moe import MoE
+from jaxinf.quant import parts, round_to_nearest
 from sharding import experts, meshes, rules, zigzag
 
 D, B, T = 16, 8, 4
@@ -56,7 +57,8 @@ def sharded(layer: MoE, mesh: str, *, cached: bool = False, sequence: bool = Fal
     made = make_mesh(mesh)
     graph, state = nnx.split(layer)
     leaves, tree = jax.tree.flatten(state)
-    axes = [v.get_metadata()["logical_axes"] for _, v in nnx.to_flat_state(state)]
+    variables = [v for _, v in nnx.to_flat_state(state)]
+    axes = [a for v in variables for *_, a in parts(v.get_value(), v.get_metadata()["logical_axes"])]
     assert len(axes) == len(leaves)
     tokens = PartitionSpec(("data", "expert"), "sequence" if sequence else None)
 
@@ -136,6 +138,14 @@ def test_any_load(among: str, mesh: str, form: str) -> None:
     for expert in (5,) if among == "one expert" else (1, 2, 5):
         layer.router.kernel[...] = layer.router.kernel[...].at[0, expert].add(10.0)
     check(layer, mesh, x)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:3])
+def test_experts_in_int8(mesh: str, form: str) -> None:
+    layer = build(SPECS["clamped"])
+    for weight in (layer.experts.up, layer.experts.gate, layer.experts.down):
+        weight.set_value(round_to_nearest(weight[...]))
+    check(layer, mesh, inputs())
 
 
 def test_a_row_in_bfloat16_is_rounded_once_a_chip() -> None:
