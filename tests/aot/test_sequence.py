@@ -102,6 +102,5 @@ def test_a_long_prefill_holds_a_share_of_its_activations() -> None:
     spec, options = shallow("llama-3.1-8b"), dict(part="prefill", batch=1, prompt=131072, new_tokens=1)
     one = programs.generation(spec, chip="v5e", **options)
     each = programs.generation(spec, chip=SLICE, mesh="sequence=8", **options)
-    print(one.compiled.memory, each.compiled.memory)
     assert each.cache * CHIPS <= one.cache * 1.01
     assert each.compiled.memory.temporaries * 6 <= one.compiled.memory.temporaries
