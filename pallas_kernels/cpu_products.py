@@ -67,7 +67,8 @@ def few_rows(x: jax.Array, stored: jax.Array, dtype: jnp.dtype, *, transposed: b
         return from_bits(part, dtype).astype(jnp.float32)
 
     if rows == 1 and can_halve((height, breadth), dtype, transposed):
-        return one_row(x, stored.reshape(2, height // 2, breadth), dtype, transposed=transposed)
+        upper, lower = stored.reshape(2, height // 2, breadth)
+        return one_row(x, (upper, lower), dtype, transposed=transposed)
     padded = _settled(jnp.pad(x, ((0, rows % 2), (0, 0))))
     return _pairs_of_rows(padded, stored, widen, transposed)[:rows]
 
