@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from tpu_compiler import needs_compiler
 
+from jaxinf.aot import tuning
+from jaxinf.aot.tuning import Search, Trial
 from jaxinf.cli import main
 
 CASE = "smollm-135m-576x1536-32-rows-int8"
@@ -23,6 +25,21 @@ def test_a_search_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureF
     ((bucket, entry),) = json.loads(path.read_text())["v5e"].items()
     assert bucket in said.out
     assert set(entry) == {"blocks", "ms", "case", "compiler", "date"}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("heuristic", "written"), [(1.02, False), (1.10, True)])
+def test_the_shipped_table_takes_what_pays(
+    heuristic: float, written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trials = (Trial({"m": 1}, 1, 1e-3), Trial({"m": 2}, 2, heuristic * 1e-3))
+    found = Search("quantized_matmul", CASE, "v5e", "a bucket", "libtpu 1", 2, trials, (), {"m": 2})
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: found)
+    monkeypatch.setattr(tuning, "shipped_table", lambda op: path)
+    assert main(["tune", "quantized_matmul", "--chip", "v5e", "--case", CASE, "--write"]) == 0
+    assert path.exists() == written
+    assert ("not written" in capsys.readouterr().err) != written
 
 
 @needs_compiler
