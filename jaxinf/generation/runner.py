@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,11 @@ class Runner:
     Flat lists dispatch in a fraction of a millisecond; a module as an argument costs milliseconds a call. A model
     that lies on a mesh (`jaxinf.models.placing.place_model`) runs there: batches are padded to what the mesh
     divides, and caches and states are each chip's own.
+
+    programs: from the name of a program and its jitted function to what is called instead (`jaxinf.aot.export`).
     """
 
-    def __init__(self, model: CausalLM):
+    def __init__(self, model: CausalLM, programs: Callable[[str, Any], Any] = lambda name, program: program):
         self.spec, self.layout, self.dtype = model.spec, model.layout, model.dtype
         self.mesh = mesh_of(model)
         graph, state = nnx.split(model)
@@ -61,7 +63,7 @@ class Runner:
         @functools.partial(jax.jit, static_argnames=static, donate_argnames="cache")
         def first(logits, cache, rows, controls, eos, *, logprobs, processors):
             def run(logits, cache, rows, controls, eos):
-                options = dict(vocab=self.spec.vocab, logprobs=logprobs, processors=processors)
+                options: Any = dict(vocab=self.spec.vocab, logprobs=logprobs, processors=processors)
                 state, written = loop.first(logits, cache, controls=controls, eos=eos, **rows, **options)
                 return state, self._told(written)
 
@@ -82,7 +84,8 @@ class Runner:
             call = self._over(run, (self._split, split, SAME, ROWS, SAME, ROWS), (split, SAME))
             return call(weights, state, steps, halt, eos, controls)
 
-        self._append, self._first, self._decode = append, first, decode
+        self._append, self._first = programs("append", append), programs("first", first)
+        self._decode = programs("decode", decode)
 
     @property
     def model(self) -> CausalLM:
@@ -105,8 +108,9 @@ class Runner:
         return [w.sharding.spec for w in self.weights] if self.mesh is not None else []
 
     def _state_split(self, seen: bool) -> loop.State:
+        rows = ("tokens", "emitted", "limits", "finished", "seeds")
         split: Any = dict(cache=OWN, seen=VOCAB_ROWS if seen else None, vocab=self.spec.vocab)
-        return loop.State(tokens=ROWS, emitted=ROWS, limits=ROWS, finished=ROWS, seeds=ROWS, **split)
+        return loop.State(**dict.fromkeys(rows, ROWS), **split)
 
     def _over(self, function, takes, gives):
         return function if self.mesh is None else program.over(self.mesh, function, takes, gives)
@@ -208,7 +212,7 @@ class Runner:
             logits, cache = _repeat_rows(logits, cache, samples)
         rows = [p for p in prompts for _ in range(samples)]
         spare = -len(rows) % self.row_ways  # rows that end with their first token
-        params, seeds, limits = [*params, *params[:1] * spare], [*seeds, *[0] * spare], [*limits, *[1] * spare]
+        params, seeds, limits = [*params, *[params[0]] * spare], [*seeds, *[0] * spare], [*limits, *[1] * spare]
         last = [*(p[-1] for p in rows), *[0] * spare]
         controls = Controls.of(params)
         given: dict[str, Any] = dict(
@@ -245,7 +249,7 @@ class Batch:
 
     @property
     def finished(self) -> np.ndarray:
-        return self.written.finished
+        return np.asarray(self.written.finished)
 
     def advance(self, steps: int, halt: np.ndarray | None = None) -> loop.Written:
         """Up to `steps` more tokens a row, at most `WIDTH`. halt: bool `[B]`, rows to finish first."""

@@ -198,7 +198,7 @@ def adjust(
             raise InputError("repetition_penalty needs context.seen: the tokens of the prompt and the output")
         penalty = controls.penalty[:, None]
         x = jnp.where(context.seen, jnp.where(x < 0, x * penalty, x / penalty), x)
-    if controls.bias is not None:
+    if controls.bias is not None and controls.bias_ids is not None:
         rows = jnp.arange(x.shape[0])[:, None]
         x = x.at[rows, split_axis.own_entries(controls.bias_ids, x.shape[1])].add(controls.bias, mode="drop")
     if processors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ class Attention(nnx.Module):
     def __init__(self, spec: AttentionSpec, d_model: int, *, rngs: nnx.Rngs, dtype):
         self.spec = spec
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        make = dict(rngs=rngs, dtype=dtype, quantizable=True)
+        make: dict[str, Any] = dict(rngs=rngs, dtype=dtype, quantizable=True)
         self.query = Linear(d_model, q, axes=("embed", "heads"), bias=spec.qkv_bias, **make)
         self.key = Linear(d_model, kv, axes=("embed", "kv_heads"), bias=spec.qkv_bias, **make)
         self.value = Linear(d_model, kv, axes=("embed", "kv_heads"), bias=spec.qkv_bias, **make)

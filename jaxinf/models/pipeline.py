@@ -67,7 +67,7 @@ def through_stages(
     """
     rows, stages, stage = x.shape[0], size(AXIS), index(AXIS)
 
-    def cut(value):
+    def cut(value: Any) -> Any:
         return None if value is None else value.reshape(parts, rows // parts, *value.shape[1:])
 
     counts = jnp.full((rows,), step.tokens, jnp.int32) if step.counts is None else step.counts

@@ -95,7 +95,7 @@ def quantized_matmul(
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _of_one_layer(stacked, layer):
+def _of_one_layer(stacked: Any, layer: Any) -> Any:
     """The shape and dtype of one layer's part."""
     if layer is None or stacked is None:
         return stacked
