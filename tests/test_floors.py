@@ -35,7 +35,7 @@ ARRAYS_ONLY = {"pallas_kernels": {"jax", "numpy"}, "sharding": {"jax", "numpy"}}
 """Packages that may import these libraries alone."""
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
 """Import names that differ from the name on the index."""
-OPTIONAL = {"sentencepiece", "matplotlib"}
+OPTIONAL = {"sentencepiece", "matplotlib", "flatbuffers"}
 """Libraries of extras, to be imported inside a function that needs them."""
 
 

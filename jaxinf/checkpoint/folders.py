@@ -30,15 +30,17 @@ TOKENIZER_FILES = (
 
 
 @contextlib.contextmanager
-def written_beside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def written_beside(folder: Path, *, overwrite: bool, sign: str = CONFIG) -> Iterator[Path]:
     """A new folder to write in, which takes the name `folder` once the block ends well and is deleted otherwise.
 
+    sign: a file without which a folder that is there is not replaced.
+
     Raises:
-      CheckpointError: `folder` is there already and `overwrite` is false, or it is no checkpoint; or the disk
+      CheckpointError: `folder` is there already and `overwrite` is false, or it is no such folder; or the disk
         is full or refuses to be written.
     """
     folder = folder.absolute()
-    _check_target(folder, overwrite)
+    _check_target(folder, overwrite, sign)
     scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,12 +56,12 @@ def written_beside(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_target(folder: Path, *, overwrite: bool) -> None:
+def check_target(folder: Path, *, overwrite: bool, sign: str = CONFIG) -> None:
     """Raises what `written_beside` would raise before it starts."""
-    _check_target(folder.absolute(), overwrite)
+    _check_target(folder.absolute(), overwrite, sign)
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def _check_target(folder: Path, overwrite: bool, sign: str) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -68,8 +70,9 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{folder} exists already; give another name, or overwrite=True to replace it")
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no checkpoint (no {CONFIG}), so it is not replaced; give another name")
+    if not (folder / sign).is_file():
+        what = "checkpoint" if sign == CONFIG else "folder of this kind"
+        raise CheckpointError(f"{folder} is no {what} (no {sign}), so it is not replaced; give another name")
 
 
 def _rename(scratch: Path, folder: Path) -> None:

@@ -26,6 +26,7 @@ VERBS = {
     "convert": "rewrite a checkpoint in this project's form",
     "bench": "measure prefill, decoding and memory on this device",
     "plan": "say whether a model fits a slice of TPUs, on which mesh, and how fast",
+    "compile": "save a model's compiled programs for later starts",
     "tune": "search a kernel's block sizes through the TPU compiler",
 }
 """Each verb is a module of this package with `configure(parser)` and `run(args) -> exit code`."""

@@ -18,7 +18,7 @@ from jaxinf import checkpoint
 from jaxinf.cache import Cache
 from jaxinf.generation import Processor, Runner
 from jaxinf.layers import ExpertChoice, MoESpec
-from jaxinf.lm import compilation_cache, fitting, scoring
+from jaxinf.lm import compilation_cache, fitting, programs_folder, scoring
 from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages, turn
 from jaxinf.lm.completion import Completion, Score
 from jaxinf.lm.defaults import Defaults, not_done
@@ -54,6 +54,9 @@ class LM:
       context: tokens that a prompt and its answer may have together; None: what the model was made for.
       window, sinks: bound the memory of every generation to the latest `window` tokens and the first `sinks`
         (StreamingLLM, Xiao et al. 2024); see `generate`.
+      programs: a folder that `save_programs` wrote for this model, dtype, mesh and device. Where it does not fit,
+        or a call has other sizes, a warning says so once and programs are compiled as ever. Its machine code is
+        run, so it is to be trusted.
 
     Raises:
       InputError: numbers out of range.
@@ -68,6 +71,7 @@ class LM:
         context: int | None = None,
         window: int | None = None,
         sinks: int | None = None,
+        programs: str | Path | programs_folder.Opened | None = None,
     ):
         compilation_cache.enable()
         self.tokenizer = tokenizer
@@ -83,10 +87,10 @@ class LM:
         facts = Facts(spec, context_of(spec, context), tokenizer, Defaults.of(generation))
         window, sinks = window_of(facts, window, sinks)
         self._facts = dataclasses.replace(facts, window=window, sinks=sinks)
-        self._run(model)
+        self._run(model, programs_folder.user(programs, model))
 
-    def _run(self, model: CausalLM) -> None:
-        self._runner = Runner(model)
+    def _run(self, model: CausalLM, programs: programs_folder.User = programs_folder.none) -> None:
+        self._runner = Runner(model, programs)
         self._conversation: Conversation | None = None
         self._logits = self._runner.bind(lambda model, tokens: model(tokens), gives=LOGITS)
         self._score = scoring.Scorer(self._runner)
@@ -103,13 +107,14 @@ class LM:
         sinks: int | None = None,
         revision: str | None = None,
         mesh: str | Mapping[str, int] | Mesh | None = None,
+        programs: str | Path | None = None,
     ) -> LM:
         """Loads an embedded model ("stdlib"), a folder, or a model of the Hugging Face Hub ("owner/name").
 
         Args:
           dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
           layout: "list" or "stacked"; None: what suits the device.
-          context, window, sinks: as for the class.
+          context, window, sinks, programs: as for the class.
           revision: branch, tag or commit on the Hub.
           mesh: spread the model over a mesh of devices, as `shard` does; each process then reads what its devices
             hold.
@@ -120,6 +125,7 @@ class LM:
           CheckpointError: the files are missing, corrupt or not understood.
         """
         compilation_cache.enable()
+        found = None if programs is None else programs_folder.opened(programs)
         folder = locate(name, revision)
         fitting.check(folder, dtype=dtype, mesh=mesh)
         loaded = checkpoint.load(folder, dtype=dtype, layout=layout, mesh=mesh)
@@ -128,7 +134,8 @@ class LM:
             if generation.get(key) is None and loaded.config.get(key) is not None:
                 generation[key] = loaded.config[key]
         tokenizer = Tokenizer.from_folder(loaded.folder)
-        return cls(loaded.model, tokenizer, generation, context=context, window=window, sinks=sinks)
+        more: dict[str, Any] = dict(window=window, sinks=sinks, programs=found)
+        return cls(loaded.model, tokenizer, generation, context=context, **more)
 
     def shard(self, mesh: str | Mapping[str, int] | Mesh) -> LM:
         """This model spread over a mesh of devices; answers are the same.
@@ -423,6 +430,40 @@ class LM:
             running = self._begin(request)
             if max(request.limits) > 1:
                 running.advance(1)
+
+    def save_programs(
+        self,
+        folder: str | Path,
+        prompt_tokens: int | Sequence[int] = 64,
+        max_new_tokens: int | None = None,
+        *,
+        batch: int | Sequence[int] = 1,
+        overwrite: bool = False,
+        portable: Sequence[str] = (),
+        **options: Unpack[Options],
+    ) -> list[dict[str, Any]]:
+        """Compiles what calls of `generate` with these sizes and options run, and keeps it in a folder.
+
+        `LM.from_pretrained(..., programs=folder)` then neither traces nor compiles for them. Lengths are bucketed:
+        one program serves prompts and answers of similar lengths. `logits` and `score` are not among them.
+
+        Args:
+          prompt_tokens, batch: one or several, all combinations of which are compiled.
+          overwrite: replace programs that are there.
+          portable: platforms ("cpu", "tpu") for which each program is kept as StableHLO too, which other versions
+            of JAX can compile (`jaxinf.aot.portable`).
+
+        Returns:
+          The programs' entries in the manifest: "name", "file", "bytes", ...
+        """
+
+        def warm(programs: programs_folder.User) -> None:
+            other = copy.copy(self)
+            other._run(self.model, programs)
+            for rows in [batch] if isinstance(batch, int) else batch:
+                other.warmup(prompt_tokens, max_new_tokens, batch=rows, **options)
+
+        return programs_folder.save(folder, self.model, warm, overwrite=overwrite, portable=portable)
 
     def __repr__(self) -> str:
         spec = self.spec
