@@ -26,7 +26,8 @@ from sharding import meshes
 from sharding.collectives import AXES
 
 WITNESS = "static analysis of the TPU compiler's schedule"
-TIMEOUT = 900.0
+TIMEOUT = 1800.0
+WORKERS = 2
 NEW_TOKENS = 64
 """Of the program whose memory is read; more of them take a few bytes each."""
 
@@ -67,12 +68,16 @@ def compiled(
     """
     began = time.monotonic()
     todo = [c for c in candidates if c.per_chip.free >= 0] or list(candidates[:1])
-    progress(f"compiling a decode step on {', '.join(meshes.describe(c.sizes) for c in todo)} of {where.name}")
-    outcomes = _compile([_job(case, where, c.sizes, "decode", "program") for c in todo], where)
-    tried = [_tried(found, outcome) for found, outcome in zip(todo, outcomes, strict=True)]
-    best = min(tried, key=lambda t: (t.report is None, t.seconds))
-    progress(f"compiling prefill and generation on {meshes.describe(best.found.sizes)}")
-    whole = _compile([_job(case, where, best.found.sizes, "generate", "program")], where)[0]
+    progress(f"compiling for {where.name}: {', '.join(meshes.describe(c.sizes) for c in todo)}")
+    with jobs.Pool(where.topology, workers=WORKERS, timeout=TIMEOUT) as pool:
+        # Of the mesh that will most likely win the whole program too, which takes longest, beside the others.
+        steps = [_job(case, where, c.sizes, "decode") for c in todo]
+        whole, *outcomes = _compile([_job(case, where, todo[0].sizes, "generate"), *steps], pool)
+        tried = [_tried(found, outcome) for found, outcome in zip(todo, outcomes, strict=True)]
+        best = min(tried, key=lambda t: (t.report is None, t.seconds))
+        if best.found is not todo[0]:
+            progress(f"compiling the whole program on {meshes.describe(best.found.sizes)}")
+            (whole,) = _compile([_job(case, where, best.found.sizes, "generate")], pool)
     made = _with_mesh(plan, case, where, best.found)
     made = dataclasses.replace(made, ranking=_ranking(made, tried))
     if best.report is not None:
@@ -85,7 +90,7 @@ def compiled(
     return dataclasses.replace(made, compiler=topology.compiler(), compile_seconds=taken)
 
 
-def _job(case: Case, where: Slice, sizes: Sizes, part: str, static: Any) -> Job:
+def _job(case: Case, where: Slice, sizes: Sizes, part: str) -> Job:
     arguments: dict[str, Any] = dict(
         spec=to_record(case.spec),
         chip=where.topology,
@@ -102,7 +107,7 @@ def _job(case: Case, where: Slice, sizes: Sizes, part: str, static: Any) -> Job:
     else:
         piece = arithmetic.piece(case, sizes)
         arguments |= dict(new_tokens=_new_tokens(case), piece=piece, held=_held(case, piece))
-    return Job("jaxinf.aot.plan.compiling:program", arguments, static)
+    return Job("jaxinf.aot.plan.compiling:program", arguments, "program")
 
 
 def _new_tokens(case: Case) -> int:
@@ -115,10 +120,10 @@ def _held(case: Case, piece: int) -> int:
     return max(0, (later - 1) * piece // 2)
 
 
-def _compile(todo: Iterable[Job], where: Slice) -> list[jobs.Outcome]:
+def _compile(todo: Iterable[Job], pool: jobs.Pool) -> list[jobs.Outcome]:
     """Outcomes in the order of the jobs."""
     todo = list(todo)
-    found = {id(o.job): o for o in jobs.run(todo, where.topology, timeout=TIMEOUT)}
+    found = {id(o.job): o for o in pool.run(todo)}
     return [found[id(job)] for job in todo]
 
 
