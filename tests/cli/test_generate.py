@@ -148,7 +148,13 @@ def test_ctrl_c_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path) -> Non
     (endless / "generation_config.json").write_text('{"eos_token_id": 383, "suppress_tokens": [383]}')
     command = [sys.executable, "-m", "jaxinf", "generate", PROMPT, "--model", str(endless)]
     command += ["--window", "16", "--max-new-tokens", "1000000000"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # Tests that were started in the background ignore Ctrl-C, and what they start would inherit that.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    with process:
         assert process.stdout is not None
         seen = b""
         while len(seen) < 40:  # it writes

@@ -12,7 +12,8 @@ from jaxinf.cli import interrupts
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGINT)
+    # As a terminal has it: what is started in the background ignores Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
 
