@@ -180,12 +180,13 @@ def test_a_bar_is_drawn_on_a_terminal_when_it_takes_long(patience: str, drawn: b
     command = [sys.executable, "-c", TERMINAL, str(GOLDENS / "llama"), patience]
     root = Path(__file__).parents[2]
     env = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=theirs, check=True)
-    os.close(theirs)
     said = b""
-    while chunk := _read(ours):
-        said += chunk
+    with subprocess.Popen(command, cwd=root, env=env, stderr=theirs) as process:
+        os.close(theirs)
+        while chunk := _read(ours):  # all along: a terminal holds a few thousand bytes
+            said += chunk
     os.close(ours)
+    assert process.returncode == 0, said
     assert (b"loading llama" in said and b"/s" in said) == drawn
     assert drawn or not said
 
