@@ -12,6 +12,8 @@ from jaxinf.aot.slices import Slice, find
 from pallas_kernels.errors import InputError
 from sharding import meshes
 
+NEAR = 1.25
+"""Times the step of the best mesh by arithmetic: a slower one is not expected to win when it is compiled."""
 Progress = Callable[[str], None]
 """Told in a few words what is being done."""
 
@@ -36,7 +38,7 @@ def plan(
       tpu: "v5e-16", "v6e:2x4", ...
       mesh: "auto", or sizes such as "data=2,tensor=8".
       compiled: whether to ask the TPU compiler; None: if it is installed.
-      tries: with "auto", how many of the best meshes are compiled.
+      tries: with "auto", how many of the best meshes are compiled at most: those that are `NEAR` the best.
 
     Raises:
       InputError: an unknown slice; a mesh that does not divide it, the model or the context.
@@ -61,7 +63,9 @@ def plan(
         return made
     from jaxinf.aot.plan import compiling
 
-    return compiling.compiled(case, where, made, candidates[: max(1, tries)], progress)
+    limit = NEAR * arithmetic.decode_seconds(best)
+    near = [c for c in candidates[: max(1, tries)] if c is best or arithmetic.decode_seconds(c) <= limit]
+    return compiling.compiled(case, where, made, near, progress)
 
 
 def by_arithmetic(case: Case, where: Slice, found: Found) -> Plan:
