@@ -102,10 +102,10 @@ def test_memory_stays_near_the_models_size(published: Path, tmp_path: Path) -> N
     converted, stacked, transposed, mapped, split, twice = json.loads(done.stdout)
     size = PARAMETERS * jnp.dtype("float32").itemsize
     slack = 6e6
-    # The lower bounds only prove that the watch saw the load: pages that a version maps need not be anonymous.
+    # The lower bounds only prove that the watch saw the load: what an earlier one gave back may be taken again.
     assert 0.5 * size < converted < 1.1 * size + slack
     assert 0.5 * size < stacked < 1.1 * size + slack
-    assert 0.25 * size < transposed < 0.55 * size + slack
+    assert 0.1 * size < transposed < 0.55 * size + slack
     # Our own files lie as the arrays do, so a CPU's arrays are the file's pages.
     assert mapped < 0.05 * size + slack
     # A CPU's devices share the host's memory, and what several of them hold is there once: beside the model there
