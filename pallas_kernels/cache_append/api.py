@@ -35,6 +35,7 @@ def cache_append(
     counts: jax.Array | None = None,
     ring: bool = False,
     scales: None = None,
+    new_scales: None = None,
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array: ...
@@ -50,6 +51,7 @@ def cache_append(
     counts: jax.Array | None = None,
     ring: bool = False,
     scales: jax.Array,
+    new_scales: jax.Array | None = None,
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -64,6 +66,7 @@ def cache_append(
     counts: jax.Array | None = None,
     ring: bool = False,
     scales: jax.Array | None = None,
+    new_scales: jax.Array | None = None,
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
 ):
@@ -82,6 +85,8 @@ def cache_append(
         slot is outside 0..S-1 are dropped.
       scales: float32 [L, B, K, S] or [B, K, S], of an int8 or float8 cache: each token's vector of each head is
         quantised, so that its largest magnitude becomes the dtype's largest value, and its scale is stored too.
+      new_scales: float32 [B, K, T], with `scales`: `new` is quantised already, in the cache's dtype, and these are
+        stored beside it.
       blocks: sizes for the kernel; it chooses by itself.
       implementation: "reference", "xla", "pallas" or "interpret" (the kernel in the TPU interpreter); None takes
         the kernel on TPUs and "xla" elsewhere.
@@ -97,14 +102,20 @@ def cache_append(
     stacked, layer = stacked_layer("cache", cache, layer)
     batch, groups, _, dim = cache.shape[-4:]
     check_shape("new", new, (batch, groups, None, dim), "B, K, T, D")
-    new_scales = None
+    if scales is None and new_scales is not None:
+        raise InputError("new_scales was given without scales, the array that they go to: pass both.")
     if scales is not None:
         check_dtype("scales", scales, (jnp.float32,))
         check_shape("scales", scales, cache.shape[:-1], "L, B, K, S" if stacked else "B, K, S")
         if not any(cache.dtype == dtype for dtype in QUANTIZED):
             raise InputError(f"cache.dtype={cache.dtype.name} with scales, but only int8 and float8 take them.")
-        check_dtype("new", new, FLOATS)
-        new, new_scales = quantize_tokens(new, cache.dtype)
+        if new_scales is None:
+            check_dtype("new", new, FLOATS)
+            new, new_scales = quantize_tokens(new, cache.dtype)
+        else:
+            check_dtype("new", new, (cache.dtype,))
+            check_dtype("new_scales", new_scales, (jnp.float32,))
+            check_shape("new_scales", new_scales, new.shape[:-1], "B, K, T")
     elif cache.dtype == jnp.int8 and new.dtype != jnp.int8:
         raise InputError(
             f"new.dtype={new.dtype.name} for an int8 cache, but it must be int8: quantise it, or pass scales."

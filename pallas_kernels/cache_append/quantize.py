@@ -1,4 +1,4 @@
-"""Quantisation of the tokens that go into a cache with scales."""
+"""Quantisation of the tokens that go into a cache with scales, and back."""
 
 import jax
 import jax.numpy as jnp
@@ -20,3 +20,8 @@ def quantize_tokens(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     scale = jnp.where(largest > 0, largest * (1 / top), 1.0)
     x = jnp.clip(x / scale[..., None], -top, top)
     return (jnp.rint(x) if integer else x).astype(dtype), scale
+
+
+def dequantize_tokens(values: jax.Array, scales: jax.Array, dtype) -> jax.Array:
+    """What `quantize_tokens` made, or a part of it, as floats: values [..., D], scales float32 [...]."""
+    return (values.astype(jnp.float32) * scales[..., None]).astype(dtype)

@@ -20,7 +20,10 @@ Maker = Callable[[np.random.Generator, "Case"], np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes, dtypes and options of one call. `queries` are the new tokens, `cache` the dtype of k and v."""
+    """Shapes, dtypes and options of one call. `queries` are the new tokens, `cache` the dtype of k and v.
+
+    scales: whether a float8 cache has them; an int8 one always does.
+    """
 
     name: str
     batch: int
@@ -36,6 +39,11 @@ class Case:
     lengths: tuple[int, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, Maker] = field(default_factory=dict)
+    scales: bool = False
+
+    @property
+    def scaled(self) -> bool:
+        return self.scales or self.cache == "int8"
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -54,6 +62,7 @@ class Case:
         options = {**self.options, **{name: make(random, self) for name, make in self.arrays.items()}}
         if self.cache == "int8":
             k, v = (np.clip(np.rint(40 * x), -127, 127) for x in (k, v))
+        if self.scaled:
             for name, x in (("k_scale", k), ("v_scale", v)):
                 options[name] = random.uniform(0.01, 0.05, x.shape[:-1]).astype(np.float32)
         return [q, k, v], options
@@ -73,7 +82,7 @@ class Case:
         )
         if not self.shared:
             arrays["v"] = jax.ShapeDtypeStruct(v, self.cache)
-        if self.cache == "int8":
+        if self.scaled:
             arrays |= {name: jax.ShapeDtypeStruct(k[:-1], jnp.float32) for name in ("k_scale", "v_scale")}
         random = np.random.default_rng(0)
         for name, make in self.arrays.items():
@@ -99,7 +108,7 @@ class Case:
         slots = float(live.sum())
         dims = self.head_dim + self.value_dim
         size = jnp.dtype(self.cache).itemsize
-        stored = (self.head_dim if self.shared else dims) * size + (8 if self.cache == "int8" else 0)
+        stored = (self.head_dim if self.shared else dims) * size + (8 if self.scaled else 0)
         rows = self.batch * self.heads * self.queries
         return Work(
             flops=2.0 * self.heads * self.queries * slots * dims,
@@ -117,7 +126,7 @@ def _small(
     **rest: Any,
 ):
     arrays = cast("dict[str, Maker]", {key: value for key, value in rest.items() if callable(value)})
-    fixed = {key: rest.pop(key) for key in ("dtype", "cache", "layers") if key in rest}
+    fixed = {key: rest.pop(key) for key in ("dtype", "cache", "layers", "scales") if key in rest}
     options = {key: value for key, value in rest.items() if key not in arrays}
     return Case(
         name, len(lengths), *heads, *tokens, *dims, lengths=lengths, options=options, arrays=arrays, **fixed
@@ -155,6 +164,18 @@ SMALL = (
     _small("long_int8", (300, 7), (4, 2), (1, 300), (128, 128), cache="int8", window=170, dtype="bfloat16"),
     _small("int8", (13, 2), (4, 2), (2, 16), (64, 64), layers=2, cache="int8", window=12),
     _small("float8", (13, 2), (4, 2), (2, 16), (64, 64), cache="float8_e4m3fn"),
+    _small("float8_scaled", (13, 0, 2), (4, 2), (2, 16), (96, 96), layers=2, cache="float8_e4m3fn", scales=True),
+    _small(
+        "long_float8",
+        (300, 7),
+        (4, 2),
+        (1, 300),
+        (128, 128),
+        cache="float8_e4m3fn",
+        scales=True,
+        window=170,
+        dtype="bfloat16",
+    ),
     _small("bfloat16", (13, 2), (4, 2), (2, 16), (256, 256), layers=2, dtype="bfloat16", cache="bfloat16"),
     _small("bfloat16_bits", (13, 2), (4, 2), (2, 16), (64, 64), layers=2, cache="uint16"),
 )
