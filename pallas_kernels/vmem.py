@@ -9,11 +9,12 @@ LANES = 128
 
 def narrow(dtype: str) -> bool:
     """Whether values of a dtype stand for others only together with a scale."""
-    return dtype in ("int8", "int4") or dtype.startswith("float8")
+    return "int" in dtype or dtype.startswith("float8")
 
 
 def bits(dtype: str) -> int:
-    return 4 if dtype == "int4" else 8 * jnp.dtype(dtype).itemsize
+    """Of a value where it lies: numpy counts a byte at least."""
+    return {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4}.get(dtype) or 8 * jnp.dtype(dtype).itemsize
 
 
 def sublanes(dtype: str) -> int:

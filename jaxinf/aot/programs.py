@@ -25,6 +25,7 @@ from jaxinf.models.causal_lm import init_cache
 from jaxinf.models.placing import place_abstract
 from pallas_kernels.errors import InputError
 from pallas_kernels.named import Call, Work
+from pallas_kernels.vmem import bits
 from sharding import meshes, program, split_axis
 from sharding.collectives import AXES
 from sharding.program import OWN, ROWS, SAME
@@ -204,4 +205,4 @@ def piece_of(rows: int) -> int:
 
 def _bytes(tree: Any) -> int:
     """On each device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * bits(x.dtype.name) // 8 for x in jax.tree.leaves(tree))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import jax
 from flax import nnx
 
 from jaxinf.models import CausalLM
-from jaxinf.quant import QTensor, round_to_nearest
+from jaxinf.quant import FORMATS, QTensor, round_to_nearest
 from pallas_kernels.errors import InputError
 
-SCHEMES: dict[str, Callable[[jax.Array], QTensor]] = {"int8": round_to_nearest}
-"""What `quantize` knows: int8 weights with a scale a column, by rounding to the nearest."""
+SCHEMES = tuple(FORMATS)
+"""What `quantize` knows: every format, by rounding to the nearest."""
 
 
 def quantize(model: CausalLM, scheme: str = "int8") -> CausalLM:
@@ -26,7 +26,7 @@ def quantize(model: CausalLM, scheme: str = "int8") -> CausalLM:
     """
     if scheme not in SCHEMES:
         raise InputError(f"quantize={scheme!r} must be one of {', '.join(SCHEMES)}")
-    narrow = jax.jit(SCHEMES[scheme])
+    narrow = jax.jit(functools.partial(round_to_nearest, name=scheme))
     graph, state = nnx.split(model)
     flat = []
     for path, variable in nnx.to_flat_state(state):

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinf.core.stacked import unstack
 from jaxinf.layers.parameters import constant, normal
-from jaxinf.quant import stored
+from jaxinf.quant import matmul
 from pallas_kernels import quantized_matmul
 from pallas_kernels.stored import from_bits, to_bits
 from sharding.collectives import index, psum, size
@@ -37,9 +36,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, out=None) -> jax.Array:
         """`x [..., in]` -> `[..., out]` in dtype `out` (default: x's)."""
-        values, scales = stored(self.kernel.get_value())
-        (kernel, layer), (scales, _) = unstack(values), unstack(scales)
-        y = quantized_matmul(x, kernel, scales, layer=layer, out_dtype=jnp.float32)
+        y = matmul(x, self.kernel.get_value(), out_dtype=jnp.float32, split=self._summed)
         if size(*self._summed) > 1:
             # In the dtype of the result: half the bytes on the wires.
             y = psum(y.astype(x.dtype if out is None else out), *self._summed).astype(jnp.float32)

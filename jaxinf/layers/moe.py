@@ -11,13 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinf.core.stacked import unstack
 from jaxinf.layers.ffn import FFN, ActivationSpec, FFNSpec, Gated
 from jaxinf.layers.linear import Linear
 from jaxinf.layers.parameters import constant, normal
 from jaxinf.layers.routing import by_pairs, by_rows, in_windows
-from jaxinf.quant import stored
-from pallas_kernels import grouped_matmul
+from jaxinf.quant import grouped
 from pallas_kernels.errors import UnsupportedError
 from sharding import collectives, zigzag
 from sharding.collectives import all_gather, all_to_all, reduce_scatter
@@ -113,9 +111,7 @@ class Experts(nnx.Module):
         without the last bias (`added`); partial sums where the width is split over `tensor`."""
 
         def project(x, weight):
-            values, scales = stored(weight.get_value())
-            (matrices, layer), (scales, _) = unstack(values), unstack(scales)
-            return grouped_matmul(x, matrices, sizes, layer=layer, rhs_scale=scales)
+            return grouped(x, weight.get_value(), sizes)
 
         def hidden(weight, bias):
             y = project(rows, weight).astype(jnp.float32)

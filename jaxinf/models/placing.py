@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -154,7 +155,8 @@ def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], va
         if model.layout == "stacked":
             logical = ("layers", *logical)
             whole = not in_stages(model.spec, int(path[1]))
-    for field, value, names in parts(variable.get_value(), logical):
+    whole_value = variable.get_value()
+    for field, value, names in parts(whole_value, logical):
         if not (hasattr(value, "shape") and hasattr(value, "dtype")):
             raise UnsupportedError(f"{at} is a {type(value).__name__}, which cannot be placed")
         dims = []
@@ -166,12 +168,21 @@ def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], va
                 # Heads and their channels are one dimension, or two.
                 own = attention.kv_heads * (attention.head_dim if i == len(names) - 1 else 1)
                 dims.append(repeated(own, attention.kv_heads, sizes.get("tensor", 1)))
+            elif name is not None and name.startswith(rules.GROUPS):
+                ways = math.prod(sizes.get(axis, 1) for axis in rules.RULES[name.removeprefix(rules.GROUPS)])
+                dims.append(_groups(size, whole_value.shape[-2], ways))
             else:
                 dims.append(Dim(size))
         partition = rules.spec(names)
         if whole:
             partition = PartitionSpec(None, *partition[1:])
         yield Placed(path if field is None else (*path, field), np.dtype(value.dtype), tuple(dims), partition)
+
+
+def _groups(groups: int, inner: int, ways: int) -> Dim:
+    """Groups of `inner` rows that `ways` chips split: as many and as small as lie whole on one chip each."""
+    group = inner // groups
+    return Dim(groups, times=group // math.gcd(group, inner // ways))
 
 
 Need = tuple[str, Callable[[int], bool]]

@@ -2,53 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.vmem import bits
+from sharding.rules import GROUPS
+
+Activations = Literal["int8"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QTensor:
-    """Stands where a matrix `[..., K, N]` did: `values * scales[..., None, :]`.
+    """Stands where a matrix `w [..., K, N]`, of K input and N output channels, did; leading axes stack matrices.
 
-    values: int8 `[..., K, N]`, from -127 to 127. scales: float32 `[..., N]`, one a column, none negative; leading
-    axes as those of `values`, so that one slice of both is a quantised matrix again.
+    Its G groups are of K / G consecutive rows, each with one scale a column:
+
+        w[k, n] = (values[k, n] - zeros[g, n]) * scales[g, n]        g = k // (K / G)
+        w[k, n] = codebook[values[k, n]] * scales[g, n]              with a codebook
+
+    and row `rows[m]` of w is `outliers[m]` besides.
+
+    Every field has the same leading axes, so that one slice of all is a quantised matrix again; on a mesh each
+    field is split where its axes are those of `values` (`parts`).
+
+    Attributes:
+      values: codes `[..., K, N]`: int8, int4, int2, float8_e4m3fn or float8_e5m2; with a codebook uint4 or uint8.
+        Those of 4 and 2 bits lie several in a byte.
+      scales: float32, bfloat16 or float8_e8m0fnu `[..., N]` (one group) or `[..., G, N]`; finite.
+      zeros: float32 `[..., G, N]`, in units of codes; None: 0. Not beside a codebook.
+      codebook: float32 `[..., entries]`; None: codes are numbers.
+      outliers: floats `[..., M, N]`, rows kept wide (Dettmers et al. 2022, arXiv:2208.07339); values are 0 there.
+      rows: int32 `[..., M]`, which rows they are, each once; -1: none.
+      order: int32 `[..., K]`, a permutation: row k of all this belongs to input channel `order[k]`; None: k.
+      activations: "int8": inputs are rounded to bytes with a scale a token before they meet `values` (the outliers'
+        channels excepted); None: they are not.
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Any
+    scales: Any
+    zeros: Any = None
+    codebook: Any = None
+    outliers: Any = None
+    rows: Any = None
+    order: Any = None
+    activations: Activations | None = field(default=None, metadata=dict(static=True))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[-2] if self.scales.ndim == self.ndim else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all fields."""
+        return nbytes(self)
+
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-        return (self.values.astype(jnp.float32) * self.scales[..., None, :]).astype(dtype)
+        """`[..., K, N]`: the matrix that it stands for."""
+        if self.codebook is None:
+            wide = self.values.astype(jnp.float32)
+        else:
+            lead = self.codebook.shape[:-1]
+            codes = self.values.astype(jnp.int32).reshape(*lead, -1)
+            wide = jnp.take_along_axis(self.codebook, codes, -1, mode="clip").reshape(self.shape)
+        if self.zeros is not None:
+            wide = wide - self._by_row(self.zeros)
+        wide = wide * self._by_row(self.scales)
+        if self.rows is not None:
+            # An unused entry falls outside, where it is dropped.
+            at = jnp.where(self.rows < 0, self.shape[-2], self.rows)
+            wide = _each(lambda w, r, o: w.at[r].set(o, mode="drop"), wide, at, self.outliers.astype(jnp.float32))
+        if self.order is not None:
+            wide = _each(lambda w, o: jnp.zeros_like(w).at[o].set(w), wide, self.order)
+        return wide.astype(dtype)
+
+    def _by_row(self, of_group: jax.Array) -> jax.Array:
+        of_group = of_group.astype(jnp.float32)
+        if of_group.ndim < self.ndim:
+            return of_group[..., None, :]
+        return jnp.repeat(of_group, self.shape[-2] // of_group.shape[-2], axis=-2)
 
 
-def round_to_nearest(w: jax.Array) -> QTensor:
-    """int8 with one scale a column: q = round(w / s), s = max |w| / 127 over the column.
+def _each(function, *arrays: jax.Array) -> jax.Array:
+    """`function` of every matrix of a stack."""
+    for _ in range(arrays[0].ndim - 2):
+        function = jax.vmap(function)
+    return function(*arrays)
 
-    The largest entry of a column is kept exactly up to rounding, every other to half a scale.
+
+FIELDS = tuple(f.name for f in fields(QTensor) if not f.metadata.get("static"))
+"""Names of the arrays of a `QTensor`, in their order."""
+
+
+def parts(value: Any, axes: Sequence[str | None]) -> Iterator[tuple[str | None, Any, tuple[str | None, ...]]]:
+    """The plain arrays of a parameter, each with its field's name (None: the value itself) and its axes' names.
+
+    `sharding.rules.GROUPS` before a name says that an axis counts groups of what the name splits.
     """
-    wide = w.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=-2) / 127
-    safe = jnp.where(scales > 0, scales, 1.0)
-    values = jnp.clip(jnp.round(wide / safe[..., None, :]), -127, 127)
-    return QTensor(values.astype(jnp.int8), scales)
+    if not isinstance(value, QTensor):
+        yield None, value, tuple(axes)
+        return
+    *lead, inner, columns = axes
+    grouped = None if inner is None else GROUPS + inner
+    named = dict(
+        values=(inner, columns),
+        scales=(grouped, columns) if len(value.scales.shape) == value.ndim else (columns,),
+        zeros=(grouped, columns),
+        codebook=(None,),
+        # Rows are numbered in the whole matrix, so every chip has them all and takes its own.
+        outliers=(None, columns),
+        rows=(None,),
+        order=(None,),
+    )
+    for name in FIELDS:
+        array = getattr(value, name)
+        if array is not None:
+            yield name, array, (*lead, *named[name])
 
 
-def stored(value: Any) -> tuple[Any, Any]:
-    """`(values, scales)` of a matrix that may be quantised; scales are None if it is not."""
-    return (value.values, value.scales) if isinstance(value, QTensor) else (value, None)
-
-
-def parts(value: Any, axes: Sequence[str | None]) -> list[tuple[str | None, Any, tuple[str | None, ...]]]:
-    """The plain arrays of a parameter, each with its field's name (None: the value itself) and its axes' names."""
-    if isinstance(value, QTensor):
-        return [("values", value.values, tuple(axes)), ("scales", value.scales, (*axes[:-2], axes[-1]))]
-    return [(None, value, tuple(axes))]
+def nbytes(tree: Any) -> int:
+    """Bytes that the arrays of a pytree take, sub-byte ones packed (numpy's `nbytes` counts a byte at least)."""
+    return sum((math.prod(x.shape) * bits(jnp.dtype(x.dtype).name) + 7) // 8 for x in jax.tree.leaves(tree))

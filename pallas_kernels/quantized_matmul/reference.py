@@ -2,15 +2,16 @@
 
     out[..., n] = sum over k of x[..., k] * w[k, n] * scales[k // (K / G), n]      (w[n, k] with transpose)
 
-in float32, rounded once to `out_dtype`; `scales [N]` is one group (G = 1). With `activations="int8"`, `x` is first
-rounded to what eight bits of its own row can hold:
+in float32, rounded once to `out_dtype`; `scales [N]` is one group (G = 1). With a codebook, `codebook[w[k, n]]`
+stands for `w[k, n]`. With `activations="int8"`, `x` is first rounded to what eight bits of its own row can hold:
 
     x_scale[...] = max over k of |x[..., k]| / 127                                 (1 for a row of zeros)
     x[..., k]    = x_scale[...] * round(x[..., k] / x_scale[...])
 
 Weights-only quantisation per output channel is LLM.int8()'s weight half (Dettmers et al. 2022, arXiv:2208.07339)
 without its outlier columns; scales by row for activations are that paper's too. Groups along the contraction are
-those of GPTQ and AWQ (Frantar et al. 2022, arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978).
+those of GPTQ and AWQ (Frantar et al. 2022, arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978). Codebooks are
+those of Deep Compression (Han et al. 2015, arXiv:1510.00149), and NF4's and MXFP4's fixed ones.
 """
 
 import jax
@@ -29,16 +30,18 @@ def quantized_matmul(
     x: jax.Array,
     w: jax.Array,
     scales: jax.Array | None = None,
+    codebook: jax.Array | None = None,
     *,
     transpose: bool,
     activations: str | None = None,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
-    """`[..., K], [K, N] or [N, K], float32 [N] or [G, N] or None -> [..., N]` in `out_dtype`.
+    """`[..., K], [K, N] or [N, K], float32 [N] or [G, N] or None, float32 [entries] or None -> [..., N]` in
+    `out_dtype`.
 
     Rounded activations are differentiated as if they were not rounded.
     """
-    w = w.astype(jnp.float32)
+    w = w.astype(jnp.float32) if codebook is None else codebook[w.astype(jnp.int32)]
     w = w.T if transpose else w
     x = x.astype(jnp.float32)
     if activations == "int8":

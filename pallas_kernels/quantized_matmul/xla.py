@@ -22,17 +22,26 @@ from pallas_kernels.stored import from_bits, to_bits
 _FEW_ROWS = 8
 _TILE_BYTES = 1 << 21
 _SMALL = 1 << 15
+_SELECTED = 16
+"""Entries of a codebook up to which a value is found by selecting."""
 
 
 def quantized_matmul(
-    x: jax.Array, x_scale: jax.Array | None, w: jax.Array, scales: jax.Array | None, *, transpose: bool
+    x: jax.Array,
+    x_scale: jax.Array | None,
+    w: jax.Array,
+    scales: jax.Array | None,
+    codebook: jax.Array | None = None,
+    *,
+    transpose: bool,
 ) -> jax.Array:
-    """`[M, K]`, float32 `[M, 1]` for int8 x, `[K, N]` or `[N, K]`, float32 `[G, N]` or None; float32 `[M, N]`."""
-    w = _storable(w)
-    if scales is not None and scales.shape[0] > 1:
-        out = _product_by_group(x, w, scales, transpose)
+    """`[M, K]`, float32 `[M, 1]` for int8 x, `[K, N]` or `[N, K]`, float32 `[G, N]` or None, float32 `[entries]` or
+    None; float32 `[M, N]`."""
+    if codebook is not None or (scales is not None and scales.shape[0] > 1):
+        assert scales is not None
+        out = _product_by_group(x, w, scales, codebook, transpose)
     else:
-        out = _product(x, w, transpose)
+        out = _product(x, _storable(w), transpose)
         out = out if scales is None else out * scales
     return out if x_scale is None else out * x_scale
 
@@ -42,21 +51,24 @@ def backward(
     x_scale: jax.Array | None,
     w: jax.Array,
     scales: jax.Array | None,
+    codebook: jax.Array | None,
     dout: jax.Array,
     *,
     dtype: jnp.dtype,
     transpose: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Gradients of x (in `dtype`, as if it had not been rounded), of a w of 16 or 32 bits, and of the scales."""
-    stored, w = w, _storable(w)
     # Gradients of a 16-bit product are dots of that dtype, as its forward dot is.
     dscales = None
-    if scales is not None and scales.shape[0] > 1:
-        dx = _dot(dout.astype(dtype), _dequantized(w, scales, transpose).astype(dtype), transpose=not transpose)
+    if codebook is not None or (scales is not None and scales.shape[0] > 1):
+        assert scales is not None
+        wide = _widened(w, codebook)
+        dx = _dot(dout.astype(dtype), _scaled(wide, scales, transpose).astype(dtype), transpose=not transpose)
         left = x.astype(jnp.float32) if x_scale is None else x * x_scale
-        outer = _dot(left.T, dout, transpose=False) * (w.T if transpose else w).astype(jnp.float32)
+        outer = _dot(left.T, dout, transpose=False) * (wide.T if transpose else wide)
         dscales = jnp.sum(outer.reshape(scales.shape[0], -1, outer.shape[1]), axis=1)
         return dx.astype(dtype), None, dscales
+    stored, w = w, _storable(w)
     weighted = (dout if scales is None else dout * scales).astype(dtype)
     dx = _product(weighted, w, not transpose).astype(dtype)
     dw = None
@@ -72,37 +84,53 @@ def backward(
 
 def _storable(w):
     """The weight in a dtype that XLA's CPU compiler slices, of the same values."""
-    if w.dtype == jnp.int4:
+    if w.dtype in (jnp.int4, jnp.int2):
         return w.astype(jnp.int8)
     return w.astype(jnp.bfloat16) if w.dtype.itemsize == 1 and jnp.issubdtype(w.dtype, jnp.floating) else w
 
 
-def _dequantized(w, scales, transpose):
-    """float32: the weight times the scales of its groups."""
-    wide = w.astype(jnp.float32)
-    group = w.shape[1 if transpose else 0] // scales.shape[0]
+def _widened(w, codebook):
+    """float32: the values that the codes stand for."""
+    if codebook is None:
+        return w.astype(jnp.float32)
+    codes = w.astype(jnp.int32)
+    if codebook.shape[0] > _SELECTED:
+        return jnp.take(codebook, codes, mode="clip")
+    # A gather of single numbers is slow everywhere; this halves the book once a bit of the code.
+    book, bit = [codebook[i] for i in range(codebook.shape[0])], 1
+    while len(book) > 1:
+        book = [jnp.where(codes & bit, book[min(i + 1, len(book) - 1)], book[i]) for i in range(0, len(book), 2)]
+        bit *= 2
+    return jnp.broadcast_to(book[0], w.shape)
+
+
+def _scaled(wide, scales, transpose):
+    """float32: widened values times the scales of their groups."""
+    group = wide.shape[1 if transpose else 0] // scales.shape[0]
     return wide * (jnp.repeat(scales.T, group, axis=1) if transpose else jnp.repeat(scales, group, axis=0))
 
 
-def _product_by_group(x, w, scales, transpose):
-    """float32 `x @ w` with `w` scaled by groups of its contraction."""
+def _product_by_group(x, w, scales, codebook, transpose):
+    """float32 `x @ w` with `w` scaled by groups of its contraction, and read in a codebook."""
     if 0 in (*x.shape, *w.shape):
-        return _product(x, w, transpose)
+        return _product(x, _storable(w), transpose)
     return jax.lax.platform_dependent(
         x,
         w,
         scales,
+        codebook,
         cpu=partial(_by_group_in_tiles, transpose=transpose),
         default=partial(_by_group_dot, transpose=transpose),
     )
 
 
-def _by_group_dot(x, w, scales, *, transpose):
+def _by_group_dot(x, w, scales, codebook, *, transpose):
     dtype = jnp.dtype(jnp.bfloat16) if x.dtype == jnp.int8 else x.dtype
-    return _dot(x.astype(dtype), _dequantized(w, scales, transpose).astype(dtype), transpose=transpose)
+    wide = _scaled(_widened(w, codebook), scales, transpose)
+    return _dot(x.astype(dtype), wide.astype(dtype), transpose=transpose)
 
 
-def _by_group_in_tiles(x, w, scales, *, transpose):
+def _by_group_in_tiles(x, w, scales, codebook, *, transpose):
     axis = 0 if transpose else 1
     columns, inner = w.shape[axis], w.shape[1 - axis]
     width = _tile_width(columns, inner, 4)
@@ -112,9 +140,9 @@ def _by_group_in_tiles(x, w, scales, *, transpose):
         # Without the fence the weight is dequantised whole, outside of the loop.
         (narrow, by_group), i = jax.lax.optimization_barrier(((w, scales), i))
         first = jnp.minimum(i * width, columns - width)
-        tile = jax.lax.dynamic_slice_in_dim(to_bits(narrow), first, width, axis)
+        tile = from_bits(jax.lax.dynamic_slice_in_dim(to_bits(narrow), first, width, axis), w.dtype)
         part = jax.lax.dynamic_slice_in_dim(by_group, first, width, 1)
-        wide = _dequantized(from_bits(tile, w.dtype), part, transpose)
+        wide = _scaled(_widened(tile, codebook), part, transpose)
         return jax.lax.dynamic_update_slice_in_dim(out, _dot(x, wide, transpose=transpose), first, 1)
 
     return jax.lax.fori_loop(0, -(-columns // width), body, _zeros_after(x, columns))

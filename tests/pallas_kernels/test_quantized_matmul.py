@@ -317,8 +317,8 @@ def test_what_does_not_fit_is_refused():
     refused(InputError, "scales missing", dtype="int4")
     refused(InputError, "which must divide K=8", dtype="int8", scales=jnp.ones((3, 5)))
     refused(InputError, "activations='int4' is unknown", dtype="int8", scales=jnp.ones(5), activations="int4")
-    refused(InputError, "int8 or int4 weight only", activations="int8")
-    refused(UnsupportedError, "w.dtype=float8_e5m2", dtype="float8_e5m2")
+    refused(InputError, "int8, int4 or int2 weight only", activations="int8")
+    refused(UnsupportedError, "w.dtype=int16", dtype="int16")
     refused(UnsupportedError, "w.dtype=int32", dtype="int32")
     refused(UnsupportedError, "int32 is not served", x_dtype="int32")
     refused(UnsupportedError, "int32 is not served", out_dtype="int32")
@@ -383,3 +383,46 @@ def test_gradients_of_a_layer_of_a_stack() -> None:
     np.testing.assert_allclose(dx, want_x, rtol=1e-6)
     np.testing.assert_allclose(dw[2], want_w, rtol=1e-6)
     assert not np.any(dw[:2])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "entries"), [("uint4", 16), ("uint4", 5), ("uint8", 40), ("int2", None), ("float8_e5m2", None)]
+)
+def test_formats_of_the_xla_form(dtype, entries, transpose):
+    """Codes with a codebook and dtypes without a kernel: a stack's layer, one row and many, one group and several."""
+    random = np.random.default_rng(0)
+    shape = (3, 96, 64) if transpose else (3, 64, 96)
+    if entries:
+        w = jnp.asarray(random.integers(0, entries, shape), dtype)
+    else:
+        w = jnp.asarray(random.integers(-1, 2, shape), dtype)
+    codebook = jnp.asarray(random.normal(size=(3, entries)), jnp.float32) if entries else None
+    for groups, rows in ((1, 1), (4, 3), (2, 40)):
+        x = jnp.asarray(random.normal(size=(rows, 64)), jnp.float32)
+        scales = jnp.asarray(random.uniform(0.5, 1, (3, groups, 96)), jnp.float32)
+        run = functools.partial(quantized_matmul, transpose=transpose)
+        got = jax.jit(run)(x, w, scales, codebook, layer=1)
+        wide = w.astype(jnp.float32) if codebook is None else jax.vmap(lambda c, q: c[q])(codebook, w.astype(int))
+        want, terms = expected(x, wide[1], scales[1], transpose)
+        assert (abs(got - want) <= 2e-6 * terms).all()
+        plain = run(x, w, scales, codebook, layer=1, implementation="reference")
+        assert (abs(plain - want) <= 2e-6 * terms).all()
+        one = scales[1], None if codebook is None else codebook[1]
+        slope = jax.jit(jax.grad(lambda x, w, s, c: run(x, w, s, c).sum()))(x, w[1], *one)
+        columns = (wide[1].T if transpose else wide[1]) * jnp.repeat(scales[1], 64 // groups, axis=0)
+        np.testing.assert_allclose(slope, jnp.broadcast_to(columns.sum(1), x.shape), rtol=1e-5, atol=1e-5)
+
+
+def test_bad_codebooks():
+    x, w, scales = jnp.ones((2, 8)), jnp.zeros((8, 4), jnp.uint4), jnp.ones(4)
+    with pytest.raises(InputError, match="codebook missing"):
+        quantized_matmul(x, w, scales)
+    with pytest.raises(InputError, match="codebook given"):
+        quantized_matmul(x, w.astype(jnp.int8), scales, jnp.ones(16))
+    with pytest.raises(InputError, match="1 to 16 entries"):
+        quantized_matmul(x, w, scales, jnp.ones(17))
+    with pytest.raises(UnsupportedError, match="only the XLA form looks up"):
+        quantized_matmul(x, w, scales, jnp.ones(16), implementation="interpret")
+    with pytest.raises(UnsupportedError, match="only the XLA form widens"):
+        quantized_matmul(x, w.astype(jnp.int2), scales, implementation="interpret")

@@ -17,6 +17,7 @@ from jaxinf.layers import AttentionSpec, ExpertChoice, LayerSpec, MoESpec, Token
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.placing import placements
 from pallas_kernels import chips
+from pallas_kernels.vmem import bits
 from sharding.placement import Dim, Placed
 
 SCALE = 4  # bytes
@@ -72,7 +73,7 @@ def weights(case: Case, sizes: Sizes) -> tuple[Weight, ...]:
 
 def _weight(case: Case, each: Placed, shape: tuple[int, ...]) -> Weight:
     path, numbers = each.path, math.prod(shape)
-    plain = numbers * each.dtype.itemsize
+    plain = numbers * bits(each.dtype.name) // 8
     if path[0] == "embed" or path[0] == "positions":
         return Weight("embedding", numbers, plain)
     layers = path[0] == "segments"
