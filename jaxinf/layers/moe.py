@@ -109,17 +109,18 @@ class Experts(nnx.Module):
     def __call__(self, rows: jax.Array, sizes: jax.Array, owner: jax.Array) -> jax.Array:
         """`rows [M, d]` sorted by expert, `sizes` int32 `[E]`, `owner` int32 `[M]` -> `[M, d]` in the rows' dtype,
         without the last bias (`added`); partial sums where the width is split over `tensor`."""
+        return grouped(self.hidden(rows, sizes, owner), self.down.get_value(), sizes)
 
-        def project(x, weight):
-            return grouped(x, weight.get_value(), sizes)
+    def hidden(self, rows: jax.Array, sizes: jax.Array, owner: jax.Array) -> jax.Array:
+        """What the last projection gets: `[M, width]` in the rows' dtype."""
 
-        def hidden(weight, bias):
-            y = project(rows, weight).astype(jnp.float32)
+        def project(weight, bias):
+            y = grouped(rows, weight.get_value(), sizes).astype(jnp.float32)
             return y if bias is None else y + jnp.take(bias[...], owner, axis=0).astype(jnp.float32)
 
-        up = hidden(self.up, self.up_bias)
-        gate = None if self.gate is None else hidden(self.gate, self.gate_bias)
-        return project(self.activation(up, gate).astype(rows.dtype), self.down)
+        up = project(self.up, self.up_bias)
+        gate = None if self.gate is None else project(self.gate, self.gate_bias)
+        return self.activation(up, gate).astype(rows.dtype)
 
     @property
     def added(self) -> jax.Array | None:

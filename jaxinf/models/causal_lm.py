@@ -153,14 +153,7 @@ class CausalLM(nnx.Module):
                 counts = jnp.full_like(starts, total)
         step = Step(positions, counts, fresh, split)
 
-        x = self.embed(tokens)
-        if self.spec.embed_scale != 1.0:
-            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
-        if self.positions is not None:
-            x = x + self.positions(positions)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
-
+        x = self.embedded(tokens, positions)
         layers, loss = [], jnp.zeros((), jnp.float32)
         for i, segment in enumerate(self.segments):
             x, after, extra = segment(x, step, None if cache is None else cache.layers[i], segment_ids)
@@ -169,6 +162,17 @@ class CausalLM(nnx.Module):
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x, None if cache is None else Cache(tuple(layers), step.totals), loss
+
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the first layer gets: int32 `[B, T]` tokens and their positions -> `[B, T, d_model]`."""
+        x = self.embed(tokens)
+        if self.spec.embed_scale != 1.0:
+            x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., d_model]` -> float32 `[..., vocab]`; on a mesh, this chip's part of it, its padding -inf."""
