@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help='"auto" (default), or axes such as data=2,tensor=8 (pipeline, sequence, expert)',
     )
-    parser.add_argument("--quantize", choices=("int8",), help="of the weights: int8 with a scale an output channel")
+    parser.add_argument("--quantize", metavar="SCHEME", help="of the weights: int8, int4, w8a8, nf4, ...")
     add_dtype(parser, "the checkpoint's; bfloat16 for a preset")
     parser.add_argument("--cache-dtype", choices=("bfloat16", "float32", "int8"), help="default: as --dtype")
     parser.add_argument(

@@ -38,7 +38,7 @@ def test_what_does_not_fit_has_an_exit_code_of_its_own(run) -> None:
     code, out, _ = run("plan", "llama-3.1-70b", "--tpu", "v5e-4", "--arithmetic")
     assert code == 3
     assert "DOES NOT FIT" in out
-    assert "take --tpu v5e-16" in out
+    assert "take --quantize int4 or --tpu v5e-16" in out
 
 
 def test_slices_side_by_side(run, run_json) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def _remedy(case: Case, devices: Sequence[Any]) -> str:
     shape = next((shape for _, shape in named(chip) if math.prod(shape) == count), (count, 1))
     where = Slice(f"{chip} x {count}", chips.CHIPS[chip], shape)
     advice = limits.remedy(case, where, {"tensor": 1})
-    return advice.replace("--quantize int8", 'quantize="int8"').replace("--tpu ", "a slice such as ")
+    return re.sub(r"--quantize (\w+)", r'quantize="\1"', advice).replace("--tpu ", "a slice such as ")
 
 
 def _gib(size: int) -> str:

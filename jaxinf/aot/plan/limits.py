@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from jaxinf import compression
 from jaxinf.aot.plan import arithmetic
 from jaxinf.aot.plan import sizes as parts
 from jaxinf.aot.plan.types import Case, PerChip, Sizes
@@ -65,9 +66,11 @@ def remedy(case: Case, where: Slice, sizes: Sizes, known: tuple[Case, PerChip] |
     if context:
         ideas.append(f"a context of at most {context:,}")
     if case.quantize is None:
-        narrow = dataclasses.replace(case, quantize="int8")
-        if any(fits(narrow, where, each) for each in arithmetic.all_meshes(narrow, where)):
-            ideas.append("--quantize int8")
+        for scheme in ("int8", "int4"):
+            narrow = dataclasses.replace(case, quantize=scheme)
+            if any(fits(narrow, where, each) for each in arithmetic.all_meshes(narrow, where)):
+                ideas.append(f"--quantize {scheme}")
+                break
     bigger = smallest_slice(case, where)
     if bigger is not None:
         ideas.append(f"--tpu {bigger.name}")
@@ -120,5 +123,5 @@ def positive(case: Case) -> None:
         raise InputError(
             f"context={case.context} is beyond the {case.spec.context} tokens that {case.model} was made for"
         )
-    if case.quantize not in (None, "int8"):
-        raise InputError(f"quantize={case.quantize!r} must be None or 'int8'")
+    if case.quantize is not None and case.quantize not in compression.SCHEMES:
+        raise InputError(f"quantize={case.quantize!r} must be None or one of {', '.join(compression.SCHEMES)}")

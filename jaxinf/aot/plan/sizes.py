@@ -10,12 +10,14 @@ from functools import lru_cache
 
 import jax.numpy as jnp
 
+from jaxinf import compression
 from jaxinf.aot.plan.types import Case, Sizes
 from jaxinf.cache.choice import kv_placement
 from jaxinf.checkpoint.parameters import abstract
 from jaxinf.layers import AttentionSpec, ExpertChoice, LayerSpec, MoESpec, TokenChoice
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.placing import placements
+from jaxinf.quant import FIELDS
 from pallas_kernels import chips
 from pallas_kernels.vmem import bits
 from sharding.placement import Dim, Placed
@@ -41,10 +43,11 @@ class Weight:
 
 
 @lru_cache(maxsize=8)
-def _model(spec: ModelSpec, dtype: str) -> CausalLM:
+def _model(spec: ModelSpec, dtype: str, quantize: str | None) -> CausalLM:
     """The abstract model with each period of layers once: what is described, not how deep it is."""
     once = dataclasses.replace(spec, segments=tuple(dataclasses.replace(s, repeats=1) for s in spec.segments))
-    return abstract(once, jnp.dtype(dtype), "stacked")
+    model = abstract(once, jnp.dtype(dtype), "stacked")
+    return model if quantize is None else compression.quantize(model, quantize)
 
 
 def placed(case: Case, sizes: Sizes) -> Iterator[tuple[Placed, tuple[int, ...]]]:
@@ -53,7 +56,7 @@ def placed(case: Case, sizes: Sizes) -> Iterator[tuple[Placed, tuple[int, ...]]]
     Raises:
       InputError: the mesh does not divide the model.
     """
-    model = _model(case.spec, case.dtype)
+    model = _model(case.spec, case.dtype, case.quantize)
     model.spec = case.spec
     for each in placements(model, sizes):
         dims = list(each.dims)
@@ -73,24 +76,25 @@ def weights(case: Case, sizes: Sizes) -> tuple[Weight, ...]:
 
 def _weight(case: Case, each: Placed, shape: tuple[int, ...]) -> Weight:
     path, numbers = each.path, math.prod(shape)
-    plain = numbers * bits(each.dtype.name) // 8
+    size = numbers * bits(each.dtype.name) // 8
+    quantised = path[-1] in FIELDS
+    if quantised:
+        # Scales and their like are read with the codes, and are no numbers to multiply with.
+        numbers, path = (numbers if path[-1] == "values" else 0), path[:-1]
     if path[0] == "embed" or path[0] == "positions":
-        return Weight("embedding", numbers, plain)
+        return Weight("embedding", numbers, size)
     layers = path[0] == "segments"
-    matrix = len(shape) - layers >= 2 and path[-1] in ("kernel", "up", "gate", "down")
-    if not matrix:
-        return Weight("small", numbers, plain)
+    matrix = quantised or len(shape) - layers >= 2
+    if not matrix or path[-1] not in ("kernel", "up", "gate", "down"):
+        return Weight("small", numbers, size)
     if path[0] == "head":
-        return Weight("head", numbers, plain)
-    if "router" in path or "shared_gate" in path:
-        return Weight("linear", numbers, plain)
-    stored = numbers + SCALE * numbers // shape[-2] if case.quantize == "int8" else plain
+        return Weight("head", numbers, size)
     if "experts" in path:
         ffn = case.spec.segments[int(path[1])].period[int(path[3])].ffn
         assert isinstance(ffn, MoESpec)
         k = chosen(ffn)
-        return Weight("experts", numbers, stored, min(1.0, k / ffn.experts), ffn.experts)
-    return Weight("linear", numbers, stored)
+        return Weight("experts", numbers, size, min(1.0, k / ffn.experts), ffn.experts)
+    return Weight("linear", numbers, size)
 
 
 def chosen(ffn: MoESpec) -> float:

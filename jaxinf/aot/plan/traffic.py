@@ -4,8 +4,8 @@ Per layer and pass over x = [rows, tokens, d_model] on a chip:
 
   tensor    two all-reduces of x: after attention and after the feed-forward (Megatron, arXiv:1909.08053); one more
             of x after the embedding, whose vocabulary is split
-  expert    two all-to-alls of x times the experts chosen for a token: dispatch and combine (GShard,
-            arXiv:2006.16668)
+  expert    for few tokens a gather of x and a reduce-scatter of float32; for many two all-to-alls of those rows
+            that a chip's experts serve: dispatch and combine (GShard, arXiv:2006.16668; `sharding.experts`)
   sequence  decoding: an all-reduce of attention's output and its two sums, in float32 (Flash-Decoding); prefill:
             keys and values go once around the ring (Ring Attention, arXiv:2310.01889)
   pipeline  x to the next stage at each tick; what the last stage says, to all
@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 
 from jaxinf.aot import wires
-from jaxinf.aot.plan.sizes import chosen, entry, heads, rows, shared, stage
+from jaxinf.aot.plan.sizes import entry, heads, rows, shared, stage
 from jaxinf.aot.plan.types import Case, Sizes, Use
 from jaxinf.aot.slices import Slice
-from jaxinf.layers import MoESpec
+from jaxinf.layers import MoESpec, TokenChoice
+from sharding.experts import exchanges, reached
 
 _FLOAT32 = 4
 
@@ -52,7 +53,8 @@ def uses(case: Case, where: Slice, sizes: Sizes, tokens: float, *, ring: bool) -
         micro = micro_batches(case, sizes)
         add("tensor", "all-reduce", x / micro, 2 * layers)
         if isinstance(layer.ffn, MoESpec):
-            add("expert", "all-to-all", x * chosen(layer.ffn) / micro, 2 * layers)
+            for kind, size, times in _experts(case, layer.ffn, b * local / micro, sizes.get("expert", 1)):
+                add("expert", kind, size, times * layers)
         attention = layer.attention
         q, _ = heads(attention, sizes)
         placement, group = shared(case, attention, sizes)
@@ -76,6 +78,19 @@ def uses(case: Case, where: Slice, sizes: Sizes, tokens: float, *, ring: bool) -
     add("pipeline", "collective-permute", x / micro, steps)
     add("pipeline", "all-reduce", x, 1)
     return tuple(_use(where, sizes, *key, times) for key, times in counted.items())
+
+
+def _experts(case: Case, ffn: MoESpec, tokens: float, chips: int) -> Iterator[tuple[str, float, int]]:
+    """`(kind, bytes, times)` of a mixture's collectives for so many tokens of a chip; see `sharding.experts`."""
+    item, d, router = jnp.dtype(case.dtype).itemsize, case.spec.d_model, ffn.router
+    together = tokens * chips * d
+    if isinstance(router, TokenChoice):
+        choice = dict(experts=ffn.experts, top_k=router.top_k)
+        if exchanges(math.ceil(tokens), d, item, chips, **choice):
+            yield "all-to-all", together * reached(ffn.experts, router.top_k, chips) * item, 2
+            return
+    yield "all-gather", together * item, 1
+    yield "reduce-scatter", together * _FLOAT32, 1
 
 
 def micro_batches(case: Case, sizes: Sizes) -> int:

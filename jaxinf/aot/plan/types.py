@@ -22,7 +22,7 @@ class Case:
       context: tokens a row that the cache has room for; a decode step is timed with all of them there.
       prompt: tokens of each row's prompt.
       dtype: of weights, activations and the cache.
-      quantize: None, or "int8": linear weights in int8 with a float32 scale for each output channel.
+      quantize: None, or a scheme of `jaxinf.compression.quantize` for the linear weights, such as "int8".
       cache_dtype: of keys and values; None: `dtype`. "int8" has a float32 scale for each token and head.
     """
 

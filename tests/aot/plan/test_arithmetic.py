@@ -110,7 +110,8 @@ def test_a_step_is_two_products_for_each_weight() -> None:
     ("axes", "kind", "size", "times"),
     [
         ("tensor=2", "all-reduce", 8 * 256 * 2, 2 * 4 + 1),
-        ("expert=4", "all-to-all", 2 * 256 * 2 * 2, 2 * 4),
+        ("expert=4", "all-gather", 8 * 256 * 2, 4),
+        ("expert=4", "reduce-scatter", 8 * 256 * 4, 4),
         ("sequence=4", "all-reduce", 8 * 4 * (64 + 2) * 4, 4),
         ("pipeline=2", "collective-permute", 4 * 256 * 2, 3),
     ],

@@ -54,7 +54,7 @@ def test_what_does_not_fit_says_what_would() -> None:
     made = plan(llama(), "v5e-4")
     assert not made.fits
     assert made.per_chip.free < 0
-    assert made.remedy == "--tpu v5e-16"
+    assert made.remedy == "--quantize int4 or --tpu v5e-16"
     assert (made.largest_batch, made.largest_context) == (0, 0)
     again = plan(llama(), "v5e-16")
     assert again.fits
