@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxinf.core.stacked import unstack
+from jaxinf.quant.estimator import straight_through
+from jaxinf.quant.fake import FakeQuant
 from jaxinf.quant.qtensor import FIELDS, QTensor
 from pallas_kernels import grouped_matmul, quantized_matmul
 from pallas_kernels.stacks import of_layer
@@ -19,10 +22,12 @@ def matmul(x: jax.Array, w: Any, *, out_dtype: Any, split: tuple[str, ...] = ())
     """`x [..., K] @ w [K, N]` -> `[..., N]` in `out_dtype`.
 
     Args:
-      w: an array or a `QTensor`, or either with `jaxinf.core.stacked.Stacked` for arrays.
+      w: an array, a `QTensor` or a `FakeQuant`, or any with `jaxinf.core.stacked.Stacked` for arrays.
       split: axes of the mesh over which K is split: then x, and w but for outliers, are this chip's part, and the
         result is its summand. Inputs rounded to bytes have a scale a token and chip.
     """
+    if isinstance(w, FakeQuant):
+        return straight_through(partial(matmul, out_dtype=out_dtype, split=split), x, w)
     if not isinstance(w, QTensor):
         kernel, layer = unstack(w)
         return quantized_matmul(x, kernel, layer=layer, out_dtype=out_dtype)
@@ -60,6 +65,8 @@ def grouped(rows: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
         widened first, all E matrices of a layer.
       sizes: int32 `[E]`, rows of each group.
     """
+    if isinstance(w, FakeQuant):
+        return straight_through(grouped, rows, w, sizes)
     if not isinstance(w, QTensor):
         matrices, layer = unstack(w)
         return grouped_matmul(rows, matrices, sizes, layer=layer)

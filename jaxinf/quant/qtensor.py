@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxinf.quant.fake import FakeQuant
 from pallas_kernels.vmem import bits
 from sharding.rules import GROUPS
 
@@ -113,7 +114,7 @@ def parts(value: Any, axes: Sequence[str | None]) -> Iterator[tuple[str | None, 
     `sharding.rules.GROUPS` before a name says that an axis counts groups of what the name splits.
     """
     if not isinstance(value, QTensor):
-        yield None, value, tuple(axes)
+        yield None, value.values if isinstance(value, FakeQuant) else value, tuple(axes)
         return
     *lead, inner, columns = axes
     grouped = None if inner is None else GROUPS + inner

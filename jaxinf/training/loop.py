@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from flax import nnx
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.training.data import Batches
 from jaxinf.training.optimizer import OptimizerSpec, make_optimizer, rate_factor, scaled_update
+from jaxinf.training.rounding import Rounding, start_qat
 from pallas_kernels.errors import CheckpointError, InputError
 
 Params = dict[str, jax.Array]
@@ -33,6 +35,7 @@ class TrainSpec:
     phases: `(progress, length)`, in order: until `progress` of the run rows are cut into pieces of `length`
       tokens, which makes attention cheaper; the last phase must be `(1.0, context)`.
     balance: weight of the mixtures' load-balancing loss.
+    rounding: how matrices will be stored; the loss is that of the model so stored. None: as they are.
     """
 
     batch: int
@@ -42,6 +45,7 @@ class TrainSpec:
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     balance: float = 0.01
     seed: int = 0
+    rounding: Rounding | None = None
 
     def __post_init__(self):
         for name in ("batch", "context", "steps"):
@@ -68,11 +72,16 @@ class StepRecord:
 
 
 class Network:
-    """A `CausalLM` as a pure function of a flat dict of parameters, path to array."""
+    """A `CausalLM` as a pure function of a flat dict of parameters, path to array.
 
-    def __init__(self, spec: ModelSpec):
-        self.spec = spec
+    With a rounding the module computes as it will once they are rounded; the parameters are the same.
+    """
+
+    def __init__(self, spec: ModelSpec, rounding: Rounding | None = None):
+        self.spec, self.rounding = spec, rounding
         abstract = nnx.eval_shape(lambda: CausalLM(spec, rngs=nnx.Rngs(0), param_dtype=jnp.float32))
+        if rounding is not None:
+            abstract = start_qat(abstract, rounding)
         self.graph, state = nnx.split(abstract)
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(state)
         self.paths = tuple(_name(path) for path, _ in leaves)
@@ -80,10 +89,10 @@ class Network:
 
     def __eq__(self, other) -> bool:
         # Equal networks share what jit compiled.
-        return isinstance(other, Network) and self.spec == other.spec
+        return isinstance(other, Network) and (self.spec, self.rounding) == (other.spec, other.rounding)
 
     def __hash__(self) -> int:
-        return hash(self.spec)
+        return hash((self.spec, self.rounding))
 
     def init(self, seed: int) -> Params:
         """Fresh float32 parameters; those that write to the residual stream shrink by sqrt(2 * depth)
@@ -96,6 +105,18 @@ class Network:
             path: x * shrink if x.ndim >= 2 and {"out", "down"} & set(path.split("/")) else x
             for path, x in params.items()
         }
+
+    def params_of(self, model: CausalLM) -> Params:
+        """Copies, in float32, of the parameters of a model that has this spec.
+
+        Raises:
+          InputError: it has another, or was rounded already.
+        """
+        state = nnx.split(model)[1]
+        if model.spec != self.spec or model.layout != "list" or len(jax.tree.leaves(state)) != len(self.paths):
+            raise InputError("the model to start from is another than the one to train: give one of its own kind")
+        leaves = [jnp.array(x, jnp.float32, copy=True) for x in jax.tree.leaves(state)]
+        return dict(zip(self.paths, leaves, strict=True))
 
     def model(self, params: Params) -> CausalLM:
         """The module with these parameters (inside `jit` too)."""
@@ -129,16 +150,25 @@ class Trainer:
       train: how.
       batches: where tokens come from; rows of `train.context + 1`.
       folder: where checkpoints and the log go; None: nowhere.
+      start: a model to go on from; None: fresh parameters.
     """
 
-    def __init__(self, spec: ModelSpec, train: TrainSpec, batches: Batches, folder: Path | None = None):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        train: TrainSpec,
+        batches: Batches,
+        folder: Path | None = None,
+        start: CausalLM | None = None,
+    ):
         if batches.context != train.context or batches.batch != train.batch:
             raise InputError(
                 f"batches of {batches.batch} x {batches.context} do not match the recipe's "
                 f"{train.batch} x {train.context}: make them alike"
             )
-        self.network, self.train, self.batches, self.folder = Network(spec), train, batches, folder
-        self.params = self.network.init(train.seed)
+        self.network, self.train = Network(spec, train.rounding), train
+        self.batches, self.folder = batches, folder
+        self.params = self.network.init(train.seed) if start is None else self.network.params_of(start)
         self.opt_state = make_optimizer(train.optimizer, self.network.shapes).init(self.params)
         self.step, self.seconds, self.records = 0, 0.0, list[StepRecord]()
         self._manager = None
@@ -207,6 +237,7 @@ class Trainer:
             "seconds": self.seconds,
             "records": [asdict(r) for r in self.records],
             "shapes": _shapes(self.params),
+            "rounding": self._rounding(),
         }
         arrays = {"params": self.params, "optimizer": _leaves(self.opt_state)}
         self._manager.save(
@@ -222,7 +253,7 @@ class Trainer:
         if latest is None:
             return False
         log = self._manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore()))["log"]
-        if log["shapes"] != _shapes(self.params):
+        if (log["shapes"], log.get("rounding")) != (_shapes(self.params), self._rounding()):
             raise CheckpointError(
                 f"the checkpoint of step {latest} in {self.folder} does not fit this recipe: "
                 "resume with the recipe that wrote it, or choose another folder"
@@ -238,6 +269,9 @@ class Trainer:
         self.step, self.seconds = latest, log["seconds"]
         self.records = [StepRecord(**record) for record in log["records"]]
         return True
+
+    def _rounding(self) -> dict[str, Any] | None:
+        return None if self.train.rounding is None else asdict(self.train.rounding)
 
     def close(self) -> None:
         """Release the checkpoint folder."""

@@ -1,0 +1,78 @@
+"""Models that learn to be stored rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from jaxinf.models import CausalLM
+from jaxinf.quant import FakeQuant, QTensor, fake_quant, rounded
+from pallas_kernels.errors import InputError
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the matrices of attention and feed-forward layers, experts among them, are stored after training.
+
+    format: one of `jaxinf.quant.TRAINABLE`.
+    group: rows that share a scale; None: the format's own.
+    activations: "int8": their inputs are rounded to bytes with a scale a token.
+    """
+
+    format: str = "int4"
+    group: int | None = None
+    activations: Literal["int8"] | None = None
+
+
+BITNET = Rounding("ternary", activations="int8")
+"""BitNet b1.58's layers (Ma et al. 2024, arXiv:2402.17764)."""
+
+
+def start_qat(model: CausalLM, rounding: Rounding) -> CausalLM:
+    """The model with a `FakeQuant` for each matrix: it computes as `finish_qat` of it will, and can be trained.
+
+    Embeddings, the head, norms, biases and routers stay as they are. Works on abstract models too.
+
+    Raises:
+      InputError: a rounding that some matrix does not allow (named), or a model that is rounded already.
+    """
+    graph, state = nnx.split(model)
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        value, meta = variable.get_value(), variable.get_metadata()
+        if isinstance(value, (QTensor, FakeQuant)):
+            raise InputError("the model is rounded already; start from the original")
+        if meta.get("quantizable", False):
+            try:
+                made = fake_quant(
+                    value, rounding.format, rounding.group, rounding.activations, meta["logical_axes"]
+                )
+            except InputError as error:
+                raise InputError(f"{'.'.join(map(str, path))}: {error}") from error
+            variable = variable.replace(made)
+        flat.append((path, variable))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def finish_qat(model: CausalLM) -> CausalLM:
+    """The trained model with each matrix stored rounded, a `QTensor`; its logits are those that it was trained for.
+
+    Raises:
+      InputError: the model is not one of `start_qat`'s.
+    """
+    store = jax.jit(rounded)
+    graph, state = nnx.split(model)
+    flat, found = [], False
+    for path, variable in nnx.to_flat_state(state):
+        value = variable.get_value()
+        if isinstance(value, FakeQuant):
+            found = True
+            abstract = isinstance(value.values, jax.ShapeDtypeStruct)
+            variable = variable.replace(jax.eval_shape(store, value) if abstract else store(value))
+        flat.append((path, variable))
+    if not found:
+        raise InputError("the model was not trained with rounding; begin with start_qat, or use quantize")
+    return nnx.merge(graph, nnx.from_flat_state(flat))
