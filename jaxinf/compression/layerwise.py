@@ -1,0 +1,220 @@
+"""One layer at a time: text passes through, its matrices are quantised, and text passes through what became of it.
+
+So each layer is calibrated with what the quantised layers before it give, and memory holds one layer, the moments of
+its inputs and the text's hidden states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinf.compression import awq, outliers, smoothquant
+from jaxinf.compression.folding import Fold, Weights, folds, weights_of, with_weights
+from jaxinf.compression.gptq import errors, gptq
+from jaxinf.compression.observing import Stats, check_inputs, check_weight, observe, run
+from jaxinf.compression.scales import searched
+from jaxinf.compression.schemes import Method, Target
+from jaxinf.layers import Block
+from jaxinf.quant import QTensor
+from jaxinf.quant.formats import joined, split, to_whole
+from pallas_kernels.errors import InputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the methods.
+
+    alpha: SmoothQuant's: how much of an outlier moves into the weights, 0 to 1.
+    threshold: LLM.int8()'s (`jaxinf.compression.outliers.THRESHOLD`); outliers: so many channels instead.
+    act_order, damping: GPTQ's.
+    """
+
+    alpha: float = smoothquant.ALPHA
+    threshold: float = outliers.THRESHOLD
+    outliers: int | None = None
+    act_order: bool = True
+    damping: float = 0.01
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha={self.alpha} must be between 0 and 1")
+        if not self.threshold >= 0:
+            raise InputError(f"threshold={self.threshold} must be at least 0")
+        if self.outliers is not None and self.outliers < 1:
+            raise InputError(f"outliers={self.outliers} must be at least 1, or None to go by the threshold")
+        if not self.damping > 0:
+            raise InputError(f"damping={self.damping} must be above 0")
+
+
+def quantize_layer(
+    block: Block,
+    hidden: Sequence[np.ndarray],
+    targets: Mapping[str, Target | None],
+    *,
+    at: str = "",
+    settings: Settings | None = None,
+) -> tuple[Block, list[np.ndarray]]:
+    """A layer by itself with its matrices quantised, and what it gives for the text.
+
+    Args:
+      block: one layer, of concrete arrays (not a stack of layers).
+      hidden: what it is given, some rows at a time, `[batch, length, d]` each.
+      targets: what becomes of each matrix, by name within the model, as `plan` gives.
+      at: the layer's name in it, such as "layers.3.".
+
+    Raises:
+      InputError: NaN or infinity in weights or in the inputs of a matrix, which it names.
+    """
+    settings = settings or Settings()
+    weights = weights_of(block)
+    wanted = {name: targets.get(f"{at}{name}") for name in weights}
+    chosen = {name: target for name, target in wanted.items() if target is not None}
+    for name in weights:
+        check_weight(weights[name], f"{at}{name}")
+    methods = {target.method for target in chosen.values()}
+    if methods - {"nearest"}:
+        stats = _observed(block, hidden, gram=bool(methods & {"awq", "gptq"}), at=at)
+        _fold(weights, block, stats, chosen, settings)
+    else:
+        stats = {}
+    for name, target in chosen.items():
+        weights[name] = _quantized(weights[name], target, stats.get(name), settings)
+    new = with_weights(block, weights)
+    return new, [np.asarray(run(new, jnp.asarray(x))) for x in hidden]
+
+
+def _observed(block: Block, hidden: Sequence[np.ndarray], *, gram: bool, at: str) -> dict[str, Stats]:
+    """By name of a matrix; those with the same input share theirs."""
+    total: dict[tuple[str, ...], Stats] = {}
+    for x in hidden:
+        _, found = observe(block, jnp.asarray(x), gram=gram)
+        total = {names: _sum(total[names], new) for names, new in found.items()} if total else found
+    check_inputs(total, at)
+    return {name: stats for names, stats in total.items() for name in names}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _sum(a: Stats, b: Stats) -> Stats:
+    return a + b
+
+
+def _fold(
+    weights: Weights, block: Block, stats: dict[str, Stats], chosen: Mapping[str, Target], settings: Settings
+) -> None:
+    """Moves scales as the methods want, in `weights`, and what `stats` says of inputs with them."""
+    for fold in folds(block.spec):
+        own = [name for name in fold.into if name in chosen and chosen[name].method in ("awq", "smoothquant")]
+        if not own:
+            continue
+        kinds: set[Method] = {chosen[name].method for name in own}
+        search = _smooth if kinds == {"smoothquant"} else _salient
+        s = search(fold, own, weights, stats, chosen, settings)
+        s = fold.apply(weights, s)
+        rows = fold.spread(s)
+        for name in fold.into:
+            if name in stats:
+                stats[name] = _scaled(stats[name], rows)
+
+
+@jax.jit
+def _scaled(stats: Stats, s: jax.Array) -> Stats:
+    """Of inputs that are divided by s."""
+    gram = stats.gram
+    return Stats(
+        stats.count,
+        stats.largest / s,
+        stats.total / s,
+        stats.squares / s**2,
+        None if gram is None else gram / s[..., :, None] / s[..., None, :],
+    )
+
+
+def _inputs(fold: Fold, name: str, stats: Mapping[str, Stats]) -> Stats:
+    """Of what meets one of a fold's matrices: all experts' together where they share it."""
+    return stats[name].together() if fold.kind == "norm" else stats[name]
+
+
+def _smooth(fold: Fold, own: list[str], weights: Weights, stats, chosen, settings: Settings) -> jax.Array:
+    largest = jnp.stack([_inputs(fold, name, stats).largest for name in own]).max(0)
+    matrices = [weights[name] for name in own]
+    if fold.kind == "norm":
+        matrices = [jnp.moveaxis(w, -2, 0).reshape(w.shape[-2], -1) for w in matrices]
+        rows = [jnp.max(jnp.abs(w.astype(jnp.float32)), -1, keepdims=True) for w in matrices]
+    else:
+        rows = [jnp.max(jnp.abs(w.astype(jnp.float32)), -1, keepdims=True) for w in matrices]
+    rows = [fold.gather(r[..., 0], jnp.max)[..., None] for r in rows]
+    return smoothquant.scales(fold.gather(largest, jnp.max), rows, settings.alpha)
+
+
+def _salient(fold: Fold, own: list[str], weights: Weights, stats, chosen, settings: Settings) -> jax.Array:
+    mean = fold.gather(_inputs(fold, own[0], stats).mean, jnp.mean)
+    tried = awq.candidates(mean)
+    of = [(weights[n].astype(jnp.float32), stats[n].gram, chosen[n].group, chosen[n].bits) for n in own]
+    shared = tried.ndim == 2
+
+    losses = [
+        sum(_loss(w, fold.spread(s), gram, group, bits, shared) for w, gram, group, bits in of) for s in tried
+    ]
+    best = jnp.argmin(jnp.stack(losses), axis=0)
+    return tried[best] if shared else jnp.take_along_axis(tried, best[None, :, None], axis=0)[0]
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _loss(w, s, gram, group: int, bits: int, shared: bool) -> jax.Array:
+    """What rounding adds to the squares of the outputs, with inputs divided by s; by expert, or all together."""
+    rows = s[..., :, None]
+    scaled = w * rows
+    steps = searched(scaled, gram / s[..., :, None] / s[..., None, :], group, bits)
+    rounded = _round(scaled, steps, bits).astype(jnp.float32) * jnp.repeat(steps, group, axis=-2) / rows
+    found = errors(w, rounded, gram)
+    return jnp.sum(found) if shared else found
+
+
+def _round(w: jax.Array, steps: jax.Array, bits: int) -> jax.Array:
+    group = w.shape[-2] // steps.shape[-2]
+    return joined(to_whole(split(w, group), steps[..., None, :], bits))
+
+
+def _quantized(w: jax.Array, target: Target, stats: Stats | None, settings: Settings) -> QTensor:
+    method = target.method if stats is not None else "nearest"
+    if method in ("awq", "gptq"):
+        assert stats is not None and target.bits is not None
+        values, steps = _calibrated(w, stats.gram, target.group, target.bits, method, settings)
+        dtype = jnp.int8 if target.bits == 8 else jnp.int4
+        return QTensor(values.astype(dtype), steps[..., 0, :] if steps.shape[-2] == 1 else steps)
+    if method == "llm-int8":
+        assert stats is not None
+        return _with_outliers(w, target, stats, settings)
+    q = jax.jit(target.format, static_argnums=1)(w, target.group)
+    return dataclasses.replace(q, activations=target.activations)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _calibrated(w, gram, group: int, bits: int, method: Method, settings: Settings):
+    w = w.astype(jnp.float32)
+    # An expert that served no token is rounded as if all channels mattered alike.
+    idle = jnp.trace(gram, axis1=-2, axis2=-1) == 0
+    gram = jnp.where(idle[..., None, None], jnp.eye(gram.shape[-1]), gram)
+    steps = searched(w, gram, group, bits)
+    if method == "awq":
+        return _round(w, steps, bits), steps
+    return gptq(w, gram, steps, bits, act_order=settings.act_order, damping=settings.damping), steps
+
+
+def _with_outliers(w: jax.Array, target: Target, stats: Stats, settings: Settings) -> QTensor:
+    inner = w.shape[-2]
+    wide = settings.outliers or outliers.count(stats, settings.threshold)
+    if wide == 0:
+        q = target.format(w, target.group)
+    else:
+        threshold = None if settings.outliers else settings.threshold
+        q = outliers.encode(w, stats, target.format, target.group, min(wide, inner), threshold)
+    # Experts' rows come in one product with all of theirs: there, only the weights are narrow.
+    return dataclasses.replace(q, activations=target.activations if w.ndim == 2 else None)
