@@ -61,7 +61,7 @@ def grouped(rows: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     """Rows `[M, K]` sorted by group, each times the matrix of its group, of `w [E, K, N]` -> `[M, N]`.
 
     Args:
-      w: as for `matmul`. What the kernel does not read as it is stored (all but int8 with a scale a column) is
+      w: as for `matmul`. What the kernel does not read as it is stored (all but int8 and int4 without zeros) is
         widened first, all E matrices of a layer.
       sizes: int32 `[E]`, rows of each group.
     """
@@ -72,13 +72,11 @@ def grouped(rows: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
         return grouped_matmul(rows, matrices, sizes, layer=layer)
     values, layer = unstack(w.values)
     scales, _ = unstack(w.scales)
-    one = values.ndim - (layer is not None)
-    direct = values.dtype == jnp.int8 and scales.ndim - (layer is not None) == one - 1
-    if direct and all(getattr(w, name) is None for name in FIELDS[2:]) and w.activations is None:
-        return grouped_matmul(rows, values, sizes, layer=layer, rhs_scale=scales)
-    own = dataclasses.replace(w, **{name: _whole(getattr(w, name)) for name in FIELDS})
     if w.activations is not None:
         rows = _rounded(rows)
+    if values.dtype in (jnp.int8, jnp.int4) and all(getattr(w, name) is None for name in FIELDS[2:]):
+        return grouped_matmul(rows, values, sizes, layer=layer, rhs_scale=scales)
+    own = dataclasses.replace(w, **{name: _whole(getattr(w, name)) for name in FIELDS})
     return grouped_matmul(rows, own.dequantize(rows.dtype), sizes)
 
 

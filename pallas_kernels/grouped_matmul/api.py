@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul.blocks import Blocks, Problem
 from pallas_kernels.stacks import check_layer, of_layer, of_stack
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_NARROW = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ def grouped_matmul(
 
     Args:
         lhs: float32, bfloat16 or float16 `[M, K]`.
-        rhs: float32, bfloat16, float16 or int8 `[G, K, N]`, or `[G, N, K]` with `transpose`; stacked
+        rhs: float32, bfloat16, float16, int8 or int4 `[G, K, N]`, or `[G, N, K]` with `transpose`; stacked
             `[L, G, K, N]` with `layer`, of which the kernel reads that layer's matrices where they lie.
         group_sizes: int32 `[G]`, rows in each group, none negative. A sum above `M` is refused outside
             `jit`; under `jit` the groups are cut off at row `M`.
-        rhs_scale: float32 `[G, N]`, needed with int8 `rhs` and refused otherwise: column `n` of group `g`
-            stands for `rhs[g, :, n] * rhs_scale[g, n]`. With `layer` `[L, G, N]`.
+        rhs_scale: float32 `[G, N]` or `[G, S, N]`, needed with int8 and int4 `rhs` and refused otherwise: column
+            `n` of group `g` stands for `rhs[g, :, n] * rhs_scale[g, n]`, or has a scale for each of S equal parts
+            of K. With `layer` an axis of L before these.
         layer: which of the stacked matrices, 0..L-1; may be traced (out of range then means the nearest one).
         transpose: multiply by the transposes of the matrices. On a CPU this is the faster layout for a few
             rows a group and 16- or 8-bit matrices.
@@ -72,8 +74,10 @@ def grouped_matmul(
     whole = rhs if layer is None else jax.ShapeDtypeStruct(rhs.shape[1:], rhs.dtype)
     scales = rhs_scale
     if layer is not None and rhs_scale is not None:
-        if rhs_scale.ndim != 3 or rhs_scale.shape[0] != rhs.shape[0]:
-            raise InputError(f"rhs_scale.shape={rhs_scale.shape} must be [L, G, N] with L={rhs.shape[0]}.")
+        if rhs_scale.ndim not in (3, 4) or rhs_scale.shape[0] != rhs.shape[0]:
+            raise InputError(
+                f"rhs_scale.shape={rhs_scale.shape} must be [L, G, N] or [L, G, S, N] with L={rhs.shape[0]}."
+            )
         scales = jax.ShapeDtypeStruct(rhs_scale.shape[1:], rhs_scale.dtype)
     _validate(lhs, whole, group_sizes, scales, transpose, implementation)
     if implementation == "reference":
@@ -99,7 +103,7 @@ def _grouped(lhs, rhs, group_sizes, rhs_scale, layer, static: _Static):
         reference=form,
         xla=form,
         pallas=partial(_pallas, static=static),
-        unsupported=_unsupported(_problem(lhs, rhs, static), static),
+        unsupported=_unsupported(_problem(lhs, rhs, rhs_scale, layer, static), static),
     )
 
 
@@ -120,7 +124,8 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 _jitted = jax.jit(_grouped, static_argnums=5)
 
 
-def _problem(lhs, rhs, static: _Static) -> Problem:
+def _problem(lhs, rhs, rhs_scale, layer, static: _Static) -> Problem:
+    several = rhs_scale is not None and rhs_scale.ndim - (layer is not None) == 3
     return Problem(
         rows=lhs.shape[0],
         inner=lhs.shape[1],
@@ -129,11 +134,12 @@ def _problem(lhs, rhs, static: _Static) -> Problem:
         lhs=lhs.dtype.name,
         rhs=rhs.dtype.name,
         transpose=static.transpose,
+        scales=1 if rhs_scale is None or not several else rhs_scale.shape[-2],
     )
 
 
 def _pallas(lhs, rhs, group_sizes, rhs_scale, layer, *, static: _Static, interpret: bool):
-    problem = _problem(lhs, rhs, static)
+    problem = _problem(lhs, rhs, rhs_scale, layer, static)
     if 0 in (*lhs.shape, *rhs.shape):
         return jnp.zeros((problem.rows, problem.columns), lhs.dtype)
     if static.blocks is not None and (reasons := sizes.refusals(problem, static.blocks)):
@@ -176,19 +182,24 @@ def _validate(lhs, rhs, group_sizes, rhs_scale, transpose, implementation) -> No
         raise InputError(f"group_sizes.dtype={group_sizes.dtype} must be int32: cast it.")
     if lhs.dtype.name not in _FLOATS:
         raise UnsupportedError(f"lhs.dtype={lhs.dtype} is not served: cast it to one of {', '.join(_FLOATS)}.")
-    if rhs.dtype.name not in (*_FLOATS, "int8"):
+    if rhs.dtype.name not in (*_FLOATS, *_NARROW):
         raise UnsupportedError(
-            f"rhs.dtype={rhs.dtype} is not served: use one of {', '.join(_FLOATS)}, or int8 with rhs_scale."
+            f"rhs.dtype={rhs.dtype} is not served: use one of {', '.join(_FLOATS)}, or int8 or int4 with rhs_scale."
         )
-    if (rhs.dtype == jnp.int8) != (rhs_scale is not None):
+    if (rhs.dtype.name in _NARROW) != (rhs_scale is not None):
         raise InputError(
-            f"rhs.dtype={rhs.dtype} with rhs_scale {'missing' if rhs_scale is None else 'given'}: int8 needs "
-            "rhs_scale and other dtypes take none."
+            f"rhs.dtype={rhs.dtype} with rhs_scale {'missing' if rhs_scale is None else 'given'}: int8 and int4 "
+            "need rhs_scale and other dtypes take none."
         )
     if rhs_scale is not None:
-        wanted = (rhs.shape[0], rhs.shape[1 if transpose else 2])
-        if rhs_scale.shape != wanted or rhs_scale.dtype != jnp.float32:
-            raise InputError(f"rhs_scale={rhs_scale.dtype}{list(rhs_scale.shape)} must be float32 {wanted}.")
+        groups, columns = rhs.shape[0], rhs.shape[1 if transpose else 2]
+        parts = rhs_scale.shape[1:-1]
+        fits = rhs_scale.ndim in (2, 3) and (rhs_scale.shape[0], rhs_scale.shape[-1]) == (groups, columns)
+        if not fits or rhs_scale.dtype != jnp.float32 or (parts and (not parts[0] or lhs.shape[1] % parts[0])):
+            raise InputError(
+                f"rhs_scale={rhs_scale.dtype}{list(rhs_scale.shape)} must be float32 [{groups}, {columns}] or "
+                f"[{groups}, S, {columns}] with an S that divides K={lhs.shape[1]}."
+            )
     if not isinstance(group_sizes, Tracer):
         sizes = np.asarray(group_sizes)
         if (sizes < 0).any() or sizes.sum() > lhs.shape[0]:

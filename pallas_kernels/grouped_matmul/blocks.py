@@ -27,7 +27,10 @@ WIDE = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """A call: `[rows, inner]` and `[groups, inner, columns]`; rows are padded to whole tiles of VMEM."""
+    """A call: `[rows, inner]` and `[groups, inner, columns]`; rows are padded to whole tiles of VMEM.
+
+    scales: of a column of a narrow matrix, each of an equal part of `inner`.
+    """
 
     rows: int
     inner: int
@@ -36,6 +39,7 @@ class Problem:
     lhs: str
     rhs: str
     transpose: bool = False
+    scales: int = 1
 
     @property
     def compute(self) -> str:
@@ -74,7 +78,18 @@ def bucket(problem: Problem) -> str:
     """Key of the tuned tables: the rows are rounded up to a power of two, the matrices' shape is exact."""
     p = problem
     rows = 1 << (max(p.rows, 1) - 1).bit_length()
-    return f"{p.lhs}-{p.rhs}-{'t' if p.transpose else 'n'}-m{rows}-g{p.groups}-k{p.inner}-n{p.columns}"
+    scales = f"-s{p.scales}" if p.scales > 1 else ""
+    return f"{p.lhs}-{p.rhs}-{'t' if p.transpose else 'n'}-m{rows}-g{p.groups}-k{p.inner}-n{p.columns}{scales}"
+
+
+def scales_of(problem: Problem, blocks: Blocks) -> int:
+    """Scales of a column that a part of the matrix needs."""
+    return max(1, problem.scales * blocks.k // problem.inner)
+
+
+def folds(problem: Problem) -> bool:
+    """Whether several scales a column multiply the matrix; else the product with each of its parts."""
+    return problem.scales > 1 and (problem.inner // problem.scales) % LANES != 0
 
 
 def stays(problem: Problem, blocks: Blocks) -> bool:
@@ -89,7 +104,11 @@ def vmem_bytes(problem: Problem, blocks: Blocks) -> int:
     total = 2 * tile_bytes(*w, p.rhs) + 2 * tile_bytes(b.m, b.n, p.lhs)
     total += (1 if stays(p, b) else 2) * tile_bytes(b.m, b.k, p.lhs)
     if narrow(p.rhs):
-        total += 2 * tile_bytes(1, b.n, "float32")
+        total += 2 * tile_bytes(scales_of(p, b), b.n, "float32")
+    if folds(p):
+        columns = max(chunk(b, b.rows), chunk(b, b.tail))
+        shape = (columns, b.k) if p.transpose else (b.k, columns)
+        total += tile_bytes(*shape, "float32") + tile_bytes(*shape, p.compute)
     if b.k < p.inner:
         total += tile_bytes(b.m, b.n, "float32")
     # The result of a window, and what does not stay in registers of its rows.
@@ -114,6 +133,8 @@ def refusals(problem: Problem, blocks: Blocks) -> list[str]:
         reasons.append(f"n={b.n} must be {p.columns} (all columns) or a smaller multiple of {LANES}")
     if b.k != p.inner and (b.k % 256 or p.inner % b.k):
         reasons.append(f"k={b.k} must be {p.inner} (all of K) or a divisor of it and a multiple of 256")
+    if p.scales > 1 and b.k != p.inner and (p.scales * b.k % p.inner or scales_of(p, b) % 8):
+        reasons.append(f"k={b.k} must hold a multiple of 8 parts of {p.inner // p.scales} rows that share a scale")
     for name, size in (("rows", b.rows), ("tail", b.tail)):
         if size % p.align or size > b.m:
             reasons.append(f"{name}={size} must be a multiple of {p.align} up to m={b.m}")

@@ -11,7 +11,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.blocks import Blocks
 from pallas_kernels.named import Call, Work
-from pallas_kernels.vmem import bits
+from pallas_kernels.vmem import bits, narrow
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Case:
     dtype: str = "float32"
     weight: str = "float32"
     transpose: bool = False
+    scales: int = 1
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        return (len(self.sizes), *([self.scales] if self.scales > 1 else []), self.columns)
 
     @property
     def rhs_shape(self) -> tuple[int, int, int]:
@@ -33,22 +38,21 @@ class Case:
         return (len(self.sizes), *matrix)
 
     def inputs(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Random lhs, rhs (integers for int8, else float32), group sizes, and the scales of an int8 rhs."""
+        """Random lhs, rhs (whole numbers for a narrow one), group sizes, and the scales of a narrow rhs."""
         random = np.random.default_rng(seed)
         lhs = random.normal(size=(self.rows, self.inner)).astype(np.float32)
         rhs, scale = random.normal(size=self.rhs_shape).astype(np.float32), None
-        if self.weight == "int8":
-            rhs = np.clip(np.rint(40 * rhs), -127, 127)
-            scale = random.uniform(0.01, 0.05, (len(self.sizes), self.columns)).astype(np.float32)
+        if narrow(self.weight):
+            most = {"int8": 127, "int4": 7}[self.weight]
+            rhs = np.clip(np.rint(rhs * most / 3), -most, most)
+            scale = random.uniform(0.01, 0.05, self.scale_shape).astype(np.float32)
         return lhs, rhs, np.asarray(self.sizes, np.int32), scale
 
     def call(self, implementation: Implementation = "pallas", blocks: Blocks | None = None) -> Call:
         """The op at this case's shapes, with concrete group sizes, and the least work in it."""
         lhs = jax.ShapeDtypeStruct((self.rows, self.inner), jnp.dtype(self.dtype))
         rhs = jax.ShapeDtypeStruct(self.rhs_shape, jnp.dtype(self.weight))
-        scale = (
-            jax.ShapeDtypeStruct((len(self.sizes), self.columns), jnp.float32) if self.weight == "int8" else None
-        )
+        scale = jax.ShapeDtypeStruct(self.scale_shape, jnp.float32) if narrow(self.weight) else None
 
         def fn(lhs, rhs, sizes, scale):
             run = partial(grouped_matmul, transpose=self.transpose, blocks=blocks, implementation=implementation)
@@ -57,6 +61,7 @@ class Case:
         used, active = sum(self.sizes), sum(size > 0 for size in self.sizes)
         traffic = (used * self.inner + self.rows * self.columns) * bits(self.dtype)
         traffic += active * self.inner * self.columns * bits(self.weight)
+        traffic += 32 * active * self.scales * self.columns if narrow(self.weight) else 0
         products = "float32" if self.dtype == "float32" else "bfloat16"
         work = Work(2.0 * used * self.inner * self.columns, traffic / 8, products)
         return Call(fn, (lhs, rhs, np.asarray(self.sizes, np.int32), scale), work)
@@ -80,6 +85,12 @@ SMALL = [
     Case("float16", 60, 64, 16, (3, 40, 17), "float16", "float16"),
     Case("int8", 12, 64, 40, (1, 8, 0, 3), "float32", "int8"),
     Case("int8-bfloat16", 40, 64, 40, (30, 8, 0, 1), "bfloat16", "int8"),
+    Case("int4", 12, 64, 40, (1, 8, 0, 3), "float32", "int4"),
+    Case("int4-scales", 12, 256, 40, (1, 8, 0, 3), "float32", "int4", scales=2),
+    Case("int4-bfloat16-scales", 50, 256, 136, (30, 8, 0, 11), "bfloat16", "int4", scales=2),
+    Case("int8-small-parts", 40, 192, 40, (30, 8, 0, 1), "float32", "int8", scales=3),
+    Case("int8-transposed-parts", 9, 256, 40, (1, 2, 6), "float32", "int8", transpose=True, scales=2),
+    Case("int4-transposed-small-parts", 9, 192, 40, (1, 2, 6), "float32", "int4", transpose=True, scales=6),
     Case("transposed", 12, 64, 40, (1, 8, 0, 3), transpose=True),
     Case("transposed-int8", 9, 128, 24, (1, 2, 6), "float32", "int8", transpose=True),
     Case("transposed-bfloat16", 300, 64, 24, (200, 99), "bfloat16", "bfloat16", transpose=True),
@@ -109,9 +120,13 @@ def _model(name: str, tokens: int, weight: str) -> list[Case]:
     experts, top, inner, columns = EXPERTS[name]
     sizes = _spread(tokens, experts, top)
     label = f"{name}-{tokens}-tokens-{weight}"
+
+    def parts(k: int) -> int:
+        return k // next(g for g in (128, 64, 32) if k % g == 0) if weight == "int4" else 1
+
     return [
-        Case(f"{label}-up", sum(sizes), inner, columns, sizes, "bfloat16", weight),
-        Case(f"{label}-down", sum(sizes), columns, inner, sizes, "bfloat16", weight),
+        Case(f"{label}-up", sum(sizes), inner, columns, sizes, "bfloat16", weight, scales=parts(inner)),
+        Case(f"{label}-down", sum(sizes), columns, inner, sizes, "bfloat16", weight, scales=parts(columns)),
     ]
 
 
@@ -121,5 +136,6 @@ MODELS = [
     *_model("qwen3-30b-a3b", 1, "bfloat16"),
     *_model("qwen3-30b-a3b", 256, "bfloat16"),
     *_model("mixtral-8x7b", 4096, "int8"),
+    *(case for name in ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b") for case in _model(name, 32, "int4")),
     Case("even-8-of-4096", 4096, 4096, 14336, (512,) * 8, "bfloat16", "bfloat16"),
 ]

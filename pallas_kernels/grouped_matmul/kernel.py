@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import current
-from pallas_kernels.grouped_matmul.blocks import Blocks, Problem, chunk, stays, vmem_bytes
+from pallas_kernels.grouped_matmul.blocks import Blocks, Problem, chunk, folds, scales_of, stays, vmem_bytes
 from pallas_kernels.vmem import limit, up
 
 
@@ -66,7 +66,7 @@ def pallas(
     blocks: Blocks,
     interpret: bool,
 ) -> jax.Array:
-    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`.
+    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or [G, S, N] or None -> [M, N]`, dtype of `lhs`.
 
     With a layer, matrices and scales are stacked along a first axis and are read where they lie.
     """
@@ -76,7 +76,7 @@ def pallas(
     visits = plan(group_sizes, rows, b.m)
     if layer is not None:
         rhs = rhs.reshape(-1, *rhs.shape[2:])
-        rhs_scale = None if rhs_scale is None else rhs_scale.reshape(-1, p.columns)
+        rhs_scale = None if rhs_scale is None else rhs_scale.reshape(-1, *rhs_scale.shape[2:])
         visits = visits._replace(group=visits.group + layer * p.groups)
     if p.transpose:
         matrix = pl.BlockSpec((None, b.n, b.k), lambda j, i, l, *v: (v[1][i], j, l))
@@ -86,8 +86,9 @@ def pallas(
     tile = pl.BlockSpec((b.m, b.k), lambda j, i, l, *v: (v[0][i], l), pipeline_mode=once)
     operands = [(lhs, tile), (rhs, matrix)]
     if rhs_scale is not None:
-        scale = pl.BlockSpec((None, 1, b.n), lambda j, i, l, *v: (v[1][i], 0, j))
-        operands.append((rhs_scale[:, None, :], scale))
+        several = p.scales > 1
+        scale = pl.BlockSpec((None, scales_of(p, b), b.n), lambda j, i, l, *v: (v[1][i], l if several else 0, j))
+        operands.append((rhs_scale if rhs_scale.ndim == 3 else rhs_scale[:, None, :], scale))
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
         grid=(pl.cdiv(p.columns, b.n), visits.count, p.inner // b.k),
@@ -136,9 +137,15 @@ def _body(tile, group, first, end, belongs, x, w, *operands, problem: Problem, b
             at = pl.multiple_of(jnp.minimum(start, b.m - size), p.align)
 
             def part(columns):
-                matrix = w[columns, :] if p.transpose else w[:, columns]
-                y = _dot(x[pl.ds(at, size), :].astype(p.compute), matrix.astype(p.compute), p)
-                scaled = (lambda y: y) if scale is None else (lambda y: y * scale[:, columns])
+                rows = pl.ds(at, size)
+                if p.scales > 1 and not folds(p):
+                    y = _by_part(p, b, x, rows, w, columns, scale)
+                else:
+                    matrix = w[columns, :] if p.transpose else w[:, columns]
+                    matrix = _folded(p, matrix, scale[:, columns]) if folds(p) else matrix
+                    y = _dot(x[rows, :].astype(p.compute), matrix.astype(p.compute), p)
+                once = scale is not None and p.scales == 1
+                scaled = (lambda y: y * scale[:, columns]) if once else (lambda y: y)
                 if total is None:
                     return store(at, size, columns, start, scaled(y))
                 where = pl.ds(at, size), columns
@@ -181,6 +188,31 @@ def _body(tile, group, first, end, belongs, x, w, *operands, problem: Problem, b
             return carry
 
         jax.lax.fori_loop(0, jax.lax.div(high - begin + p.align - 1, p.align), zero, None)
+
+
+def _by_part(p: Problem, b: Blocks, x, rows, w, columns, scale):
+    """The sum over parts of K of (their product, times their scales)."""
+    length = p.inner // p.scales
+
+    def part(i):
+        k = slice(i * length, (i + 1) * length)
+        matrix = w[columns, k] if p.transpose else w[k, columns]
+        return _dot(x[rows, k].astype(p.compute), matrix.astype(p.compute), p) * scale[i : i + 1, columns]
+
+    return sum((part(i) for i in range(1, scales_of(p, b))), part(0))
+
+
+def _folded(p: Problem, matrix, scale):
+    """float32: the matrix times the scales of its parts."""
+    length = p.inner // p.scales
+    parts = []
+    for i in range(scale.shape[0]):
+        k = slice(i * length, (i + 1) * length)
+        if p.transpose:
+            parts.append(matrix[:, k].astype(jnp.float32) * scale[i, :][:, None])
+        else:
+            parts.append(matrix[k, :].astype(jnp.float32) * scale[i : i + 1])
+    return jnp.concatenate(parts, axis=1 if p.transpose else 0)
 
 
 def _dot(x, w, p: Problem):

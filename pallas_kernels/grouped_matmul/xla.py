@@ -39,10 +39,12 @@ def grouped_matmul(
     transpose: bool,
     layer: jax.Array | None = None,
 ) -> jax.Array:
-    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or None -> [M, N]` in the dtype of `lhs`.
+    """`[M, K], [G, K, N] or [G, N, K], int32 [G], float32 [G, N] or [G, S, N] or None -> [M, N]`, dtype of `lhs`.
 
     With a layer the matrices, though not the scales, are stacked along a first axis.
     """
+    if rhs_scale is not None and rhs_scale.ndim == 3:
+        return _product(lhs, rhs, group_sizes, transpose, layer, rhs_scale).astype(lhs.dtype)
     out = _product(lhs, rhs, group_sizes, transpose, layer)
     if rhs_scale is not None:
         out = out * rhs_scale[_group_of_row(group_sizes, lhs.shape[0])]
@@ -60,6 +62,10 @@ def backward(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Gradients of lhs, of a floating rhs, and of the scales."""
     weighted, dscale, drhs = dout, None, None
+    if rhs_scale is not None and rhs_scale.ndim == 3:
+        dlhs = _product(dout, _scaled(rhs, rhs_scale, transpose), group_sizes, not transpose).astype(lhs.dtype)
+        outer = _outer(lhs, dout, group_sizes) * (rhs.swapaxes(1, 2) if transpose else rhs).astype(jnp.float32)
+        return dlhs, None, jnp.sum(outer.reshape(*rhs_scale.shape[:2], -1, outer.shape[2]), axis=2)
     if rhs_scale is not None:
         group = _group_of_row(group_sizes, lhs.shape[0])
         weighted = (dout * rhs_scale[group]).astype(dout.dtype)
@@ -77,15 +83,22 @@ def _group_of_row(group_sizes, rows):
     return jnp.minimum(jnp.sum(before, axis=1), group_sizes.shape[0] - 1)
 
 
-def _product(lhs, rhs, group_sizes, transpose, layer=None):
-    """float32 `lhs[i] @ rhs[g]` (or `rhs[g].T`), 0 beyond the total."""
+def _scaled(matrices, scale, transpose):
+    """float32 `[..., K, N]`, or transposed: matrices times `scale [..., S, N]` of S equal parts of K."""
+    by_row = jnp.repeat(scale, matrices.shape[-1 if transpose else -2] // scale.shape[-2], axis=-2)
+    return matrices.astype(jnp.float32) * (by_row.swapaxes(-1, -2) if transpose else by_row)
+
+
+def _product(lhs, rhs, group_sizes, transpose, layer=None, scale=None):
+    """float32 `lhs[i] @ rhs[g]` (or `rhs[g].T`), 0 beyond the total; scale: `[G, S, N]`, of a narrow rhs."""
     if 0 in (*lhs.shape, *rhs.shape):
         return jnp.zeros((lhs.shape[0], rhs.shape[-2 if transpose else -1]), jnp.float32)
     return jax.lax.platform_dependent(
         lhs,
         rhs,
         group_sizes,
-        *(() if layer is None else (layer,)),
+        layer,
+        scale,
         cpu=partial(_product_on_cpu, transpose=transpose),
         # Under vmap one call at a time: the ragged dot has no rule for a batch of rows with shared matrices.
         default=sequential(partial(_ragged_product, transpose=transpose)),
@@ -106,12 +119,13 @@ def _precision(dtype):
 
 
 def _common_dtype(lhs, rhs):
-    return lhs.dtype if rhs.dtype == jnp.int8 else jnp.promote_types(lhs.dtype, rhs.dtype)
+    return lhs.dtype if rhs.dtype in (jnp.int8, jnp.int4) else jnp.promote_types(lhs.dtype, rhs.dtype)
 
 
-def _ragged_product(lhs, rhs, group_sizes, layer=None, *, transpose):
+def _ragged_product(lhs, rhs, group_sizes, layer, scale, *, transpose):
     rhs = of_layer(rhs, layer)
     dtype = _common_dtype(lhs, rhs)
+    rhs = rhs if scale is None else _scaled(rhs, scale, transpose)
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2 if transpose else 1,)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -184,11 +198,12 @@ def _plan(rows: int, groups: int, in_place: bool) -> tuple[tuple[int, ...], tupl
     return tuple(s for s in (top, top // 4, top // 16) if s >= 8), ()
 
 
-def _product_on_cpu(lhs, rhs, group_sizes, layer=None, *, transpose):
+def _product_on_cpu(lhs, rhs, group_sizes, layer, scale, *, transpose):
     (rows, inner), (height, breadth) = lhs.shape, rhs.shape[-2:]
     columns, groups = height if transpose else breadth, group_sizes.shape[0]
     before = 0 if layer is None else layer * groups
-    large, small = _plan(rows, groups, cpu_products.can_fuse(inner, transpose))
+    plain = scale is None and rhs.dtype != jnp.int4
+    large, small = _plan(rows, groups, plain and cpu_products.can_fuse(inner, transpose))
     dtype = jnp.dtype(jnp.float32) if lhs.dtype == jnp.float16 else _common_dtype(lhs, rhs)
     margin = max(large + small)
     padded = jnp.pad(lhs, ((0, margin), (0, 0)))
@@ -207,7 +222,11 @@ def _product_on_cpu(lhs, rhs, group_sizes, layer=None, *, transpose):
             i, out = state
             first = jnp.minimum(i * width, columns - width)
             w = jax.lax.dynamic_slice_in_dim(matrix(g, i), first, width, 0 if transpose else 1)
-            w = from_bits(w, rhs.dtype).astype(dtype)
+            w = from_bits(w, rhs.dtype)
+            if scale is not None:
+                own = jax.lax.dynamic_index_in_dim(scale, g, keepdims=False)
+                w = _scaled(w, jax.lax.dynamic_slice_in_dim(own, first, width, 1), transpose)
+            w = w.astype(dtype)
 
             def tile(size, row, out):
                 x = from_bits(jax.lax.dynamic_slice_in_dim(cast, row, size), dtype)

@@ -25,7 +25,9 @@ def expected(lhs, rhs, sizes, scale, transpose):
     """float64 products, and the sums of the absolute values of their terms, which rounding is relative to."""
     lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)
     rhs = rhs.swapaxes(1, 2) if transpose else rhs
-    rhs = rhs if scale is None else rhs * np.asarray(scale, np.float64)[:, None]
+    if scale is not None:
+        scale = np.asarray(scale, np.float64).reshape(len(rhs), -1, rhs.shape[2])
+        rhs = rhs * scale.repeat(rhs.shape[1] // scale.shape[1], 1)
     out, terms = np.zeros((2, len(lhs), rhs.shape[2]))
     for row, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
         out[row], terms[row] = lhs[row] @ rhs[group], abs(lhs[row]) @ abs(rhs[group])
@@ -36,7 +38,7 @@ def poisoned(case: Case, seed=0):
     """Arguments with nan in what belongs to no group and in the matrices of empty groups, as jax arrays."""
     lhs, rhs, sizes, scale = case.inputs(seed)
     lhs[sizes.sum() :] = np.nan
-    if case.weight != "int8":
+    if scale is None:
         rhs[sizes == 0] = np.nan
     else:
         scale[sizes == 0] = np.nan
@@ -53,7 +55,9 @@ def check(case, implementation, blocks=None):
     assert got.dtype == lhs.dtype
     want, terms = expected(lhs, rhs, sizes, scale, case.transpose)
     error = abs(np.asarray(got, np.float64) - want)
-    assert (error <= 2e-6 * terms + ROUNDING[case.dtype] * abs(want)).all(), error.max()
+    # 16-bit activations may meet a weight with several scales a column that was rounded to their dtype.
+    relative = 2e-6 + (ROUNDING[case.dtype] if case.scales > 1 and implementation != "reference" else 0)
+    assert (error <= relative * terms + ROUNDING[case.dtype] * abs(want)).all(), error.max()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -75,6 +79,14 @@ TILED = [
     (
         Case("tiled-transposed", 111, 512, 300, _SIZES, "bfloat16", "int8", True),
         Blocks(m=64, n=128, k=256, rows=48, tail=16),
+    ),
+    (
+        Case("tiled-int4-parts", 60, 2048, 200, (0, 37, 1, 22), "bfloat16", "int4", scales=16),
+        Blocks(m=32, n=128, k=1024, rows=16, tail=16),
+    ),
+    (
+        Case("tiled-int8-small-parts", 60, 512, 200, (0, 37, 1, 22), weight="int8", scales=16),
+        Blocks(m=32, n=128, k=256, rows=16, tail=8),
     ),
     (Case("one-tile", 120, 64, 260, _SIZES, "bfloat16", "bfloat16"), Blocks(m=128, n=260, k=64, rows=64, tail=64)),
 ]
@@ -316,7 +328,8 @@ def test_what_does_not_fit_is_refused():
     refused(InputError, "at least one group", rhs=(0, 8, 5), sizes=())
     refused(InputError, "rhs_scale missing", dtype="int8")
     refused(InputError, "rhs_scale given", rhs_scale=jnp.ones((3, 5)))
-    refused(InputError, r"must be float32 \(3, 5\)", dtype="int8", rhs_scale=jnp.ones((3, 4)))
+    refused(InputError, r"an S that divides K=8", dtype="int4", rhs_scale=jnp.ones((3, 3, 5)))
+    refused(InputError, r"must be float32 \[3, 5\] or \[3, S, 5\]", dtype="int8", rhs_scale=jnp.ones((3, 4)))
     refused(InputError, "implementation='fast'", implementation="fast")
     refused(UnsupportedError, "rhs.dtype=int32", dtype="int32")
     refused(UnsupportedError, "lhs.dtype=int32", lhs_dtype="int32")

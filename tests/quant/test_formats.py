@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinf.core.stacked import Stacked
-from jaxinf.quant import FORMATS, QTensor, format_of, matmul, nbytes, round_to_nearest
+from jaxinf.quant import FORMATS, QTensor, format_of, grouped, matmul, nbytes, round_to_nearest
 from jaxinf.quant.formats import E2M1, NF4
 from pallas_kernels.errors import InputError
 
@@ -169,3 +169,16 @@ def test_products_of_every_format_alone_and_in_a_scan(name):
 
     for got in jax.jit(run)(x, q):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_grouped_products_of_every_format(name):
+    """A stack of layers of experts: each row meets its expert's matrix."""
+    random = np.random.default_rng(0)
+    q = encode[name](jnp.asarray(random.normal(size=(2, 3, 64, 24)), jnp.float32), None)
+    x = jnp.asarray(random.normal(size=(7, 64)), jnp.float32)
+    stacked = jax.tree.map(lambda a: Stacked(a, jnp.int32(1)), q)
+    got = jax.jit(grouped)(x, stacked, jnp.asarray([2, 0, 4], jnp.int32))
+    wide = q.dequantize()[1]
+    want = jnp.concatenate([x[:2] @ wide[0], x[2:6] @ wide[2], jnp.zeros((1, 24))])
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
