@@ -5,17 +5,22 @@ from jaxinf.compression.folding import plant_outliers
 from jaxinf.compression.layerwise import Settings, quantize_layer
 from jaxinf.compression.quantizing import quantize
 from jaxinf.compression.schemes import KEEP, SCHEMES, Scheme, Target, plan, scheme_of
+from jaxinf.training.rounding import BITNET, Rounding, finish_qat, start_qat
 
 __all__ = [
+    "BITNET",
     "KEEP",
     "SCHEMES",
     "Calibration",
+    "Rounding",
     "Scheme",
     "Settings",
     "Target",
+    "finish_qat",
     "plan",
     "plant_outliers",
     "quantize",
     "quantize_layer",
     "scheme_of",
+    "start_qat",
 ]
