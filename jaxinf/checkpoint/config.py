@@ -84,6 +84,10 @@ class Config:
             raise CheckpointError(f"{self._at}: {key}={value!r} must be a list of {kind}")
         return value
 
+    def object(self, key: str) -> dict[str, Any]:
+        """A nested object as it stands, empty if absent."""
+        return self._get((key,), {}, dict, "an object")
+
     def section(self, key: str) -> Config:
         """A nested object, empty if absent; `finish` looks into it too."""
         found = Config(self._get((key,), {}, dict, "an object"), f"{self._at}: {key}")

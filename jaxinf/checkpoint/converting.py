@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from jaxinf.checkpoint import own
 from jaxinf.checkpoint.folders import GENERATION, check_target, read_json, tokenizer_files, written_beside
-from jaxinf.checkpoint.loading import as_dtype, open_checkpoint, read_config, stored_dtype
+from jaxinf.checkpoint.loading import as_dtype, open_checkpoint
 from jaxinf.checkpoint.orbax import write_orbax
-from jaxinf.checkpoint.parameters import abstract, everything, planned
+from jaxinf.checkpoint.packing import stored
+from jaxinf.checkpoint.parameters import Planned, everything
 from jaxinf.checkpoint.tensors import SHARD_BYTES, Pending, write
 from pallas_kernels.errors import InputError
 
@@ -50,24 +52,29 @@ def convert(
         raise InputError(f"target {target} holds source {source}; give a folder beside it")
     dtype = None if dtype is None else as_dtype(dtype, f"dtype={dtype!r}")
     check_target(target, overwrite=overwrite)
-    config = read_config(source)
-    tensors, spec, names = open_checkpoint(source, config)
-    dtype = dtype or stored_dtype(config, tensors)
-    plan = planned(abstract(spec, dtype, "list"), tensors, names.source, ignorable=names.ignorable, at=str(source))
-    parameters = []
-    for leaf, read in plan:
-        shape = tuple(leaf.value.shape)
-        whole = functools.partial(read, everything(shape))
-        parameters.append(Pending(leaf.names[0], np.dtype(leaf.value.dtype), shape, whole))
+    opened = open_checkpoint(source)
+    dtype = dtype or opened.dtype
+    parameters = to_write(opened.plan(dtype, "list")[1])
     generation = read_json(source / GENERATION) if (source / GENERATION).is_file() else None
     with written_beside(target, overwrite=overwrite) as scratch:
+        more = {"weights": "orbax"} if to == "orbax" else {}
+        config = own.config_of(opened.spec, dtype, opened.quantization, **more)
+        own.describe(scratch, config, tokenizer_files(source), generation)
         if to == "safetensors":
-            own.describe(scratch, own.config_of(spec, dtype), tokenizer_files(source), generation)
             write(scratch, parameters, shard_bytes=shard_bytes, progress=progress)
         else:
-            own.describe(scratch, own.config_of(spec, dtype, weights="orbax"), tokenizer_files(source), generation)
             write_orbax(scratch, {p.name: p.value() for p in parameters})
             if progress is not None:
                 total = sum(p.nbytes for p in parameters)
                 progress(total, total)
     return target
+
+
+def to_write(plan: Sequence[Planned]) -> list[Pending]:
+    """The arrays of a planned model of the layout "list", as files have them."""
+    out = []
+    for leaf, read in plan:
+        shape = tuple(leaf.value.shape)
+        whole = functools.partial(read, everything(shape))
+        out.append(stored(Pending(leaf.names[0], np.dtype(leaf.value.dtype), shape, whole)))
+    return out

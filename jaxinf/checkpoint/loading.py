@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinf.checkpoint import own
+from jaxinf.checkpoint import own, published
 from jaxinf.checkpoint.config import Config
 from jaxinf.checkpoint.families import FAMILIES
 from jaxinf.checkpoint.folders import CONFIG, GENERATION, read_json
 from jaxinf.checkpoint.names import Bound
 from jaxinf.checkpoint.orbax import OrbaxTensors, open_orbax
-from jaxinf.checkpoint.parameters import abstract, fill
+from jaxinf.checkpoint.packing import Unpacked
+from jaxinf.checkpoint.parameters import Planned, abstract, fill, planned
 from jaxinf.checkpoint.progress import shown
+from jaxinf.checkpoint.quantization import Quantization, as_stored
+from jaxinf.checkpoint.quantization import read as read_quantization
 from jaxinf.checkpoint.restoring import restore_all
+from jaxinf.checkpoint.rounding import Rounding, Rules, rounded
 from jaxinf.checkpoint.streaming import Progress, place_all
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
 from jaxinf.models import CausalLM, ModelSpec
@@ -51,6 +55,7 @@ def load(
     dtype=None,
     layout: Layout | None = None,
     mesh: str | Mapping[str, int] | Mesh | None = None,
+    quantize: str | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Reads a checkpoint, tensor by tensor, straight into the dtype and layout asked for.
@@ -63,40 +68,50 @@ def load(
       dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's.
       layout: "list" or "stacked"; None: "list" on a CPU, "stacked" elsewhere and for stages of a pipeline.
       mesh: spread the model over it: "data=2,tensor=4", sizes by axis, a mesh, or "auto"; None: the first device.
+      quantize: round the matrices of attention and feed-forward layers to the nearest while they are read: "int8",
+        "int4", ..., "w8a8"; as `jaxinf.compression.quantize` does it to a model in memory.
       progress: called with (bytes on the devices, bytes in all), both of this process; None: a bar on a terminal
         when it takes long.
 
     Raises:
       CheckpointError: what is there is not a whole checkpoint, or does not match its config.
       UnsupportedError: the config asks for maths that this build does not have.
-      InputError: an unknown dtype or layout; a mesh that there is not, or that does not divide the model.
+      InputError: an unknown dtype, layout or scheme; a checkpoint that is quantised already is to be again; a mesh
+        that there is not, or that does not divide the model.
     """
     folder = Path(folder)
     if dtype is not None:
         dtype = as_dtype(dtype, f"dtype={dtype!r}")
     if layout not in (None, "list", "stacked"):
         raise InputError(f'layout={layout!r} must be "list" or "stacked"')
+    rounding = None if quantize is None else Rounding.of(quantize)
     config = read_config(folder)
     path = folder / GENERATION
     generation = read_json(path) if path.is_file() else {}
-    tensors, spec, names = open_checkpoint(folder, config)
-    dtype = dtype or stored_dtype(config, tensors)
-    mesh = None if mesh is None else mesh_for(spec, mesh)
+    opened = open_checkpoint(folder, config)
+    dtype = dtype or opened.dtype
+    mesh = None if mesh is None else mesh_for(opened.spec, mesh)
     staged = mesh is not None and mesh.shape["pipeline"] > 1
     layout = layout or ("list" if jax.default_backend() == "cpu" and not staged else "stacked")
-    model = abstract(spec, dtype, layout)
+    if rounding is None:
+        model, plan = opened.plan(dtype, layout)
+    else:
+        model, plan = opened.plan_rounded(dtype, layout, lambda name: rounding)
     with shown(progress, f"loading {folder.name}") as progress:
-        model = fill(
-            model,
-            tensors,
-            names.source,
-            ignorable=names.ignorable,
-            at=str(folder),
-            mesh=mesh,
-            place=functools.partial(restore_all, tensors) if isinstance(tensors, OrbaxTensors) else place_all,
-            progress=progress,
-        )
+        model = fill(model, plan, mesh=mesh, place=_placer(opened, rounding), progress=progress)
     return Loaded(model, config, generation, folder)
+
+
+def _placer(opened: Opened, rounding: Rounding | None) -> Callable[..., Iterator[jax.Array]]:
+    """What places arrays on a mesh: orbax itself, but for what it does not keep as the model has it."""
+    if isinstance(opened.tensors, OrbaxTensors) and rounding is None:
+        return functools.partial(restore_all, opened.tensors)
+    if opened.config.get("weights") == "orbax" and jax.process_count() > 1:
+        raise UnsupportedError(
+            f"{opened.folder} is quantised, or to be, and kept by orbax, which several processes cannot read in "
+            "parts; run `jaxinf convert` on it first"
+        )
+    return place_all
 
 
 def read_spec(folder: str | Path) -> ModelSpec:
@@ -110,18 +125,6 @@ def read_spec(folder: str | Path) -> ModelSpec:
     return _spec(config, folder / CONFIG)
 
 
-def open_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[Tensors, ModelSpec, own.OwnNames | Bound]:
-    """The stored tensors, the architecture, and which tensor is which parameter."""
-    spec = _spec(config, folder / CONFIG)
-    if config["model_type"] == own.MODEL_TYPE:
-        weights = config.get("weights", "safetensors")
-        if weights not in ("safetensors", "orbax"):
-            raise CheckpointError(f'{folder / CONFIG}: weights={weights!r} must be "safetensors" or "orbax"')
-        return open_orbax(folder) if weights == "orbax" else open_tensors(folder), spec, own.OwnNames()
-    tensors = open_tensors(folder)
-    return tensors, spec, FAMILIES[config["model_type"]].names(spec).bind(spec, tensors)
-
-
 def _spec(config: dict[str, Any], at: Path) -> ModelSpec:
     kind = config.get("model_type")
     if kind == own.MODEL_TYPE:
@@ -129,19 +132,70 @@ def _spec(config: dict[str, Any], at: Path) -> ModelSpec:
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(sorted([*FAMILIES, own.MODEL_TYPE]))
         raise UnsupportedError(f"{at}: model_type={kind!r} is not supported; supported are {known}")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(
-            f"{at}: quantization_config says that the weights are stored as {method!r}; "
-            "take the bfloat16 form of the checkpoint"
-        )
     reader = Config(config, str(at))
     try:
         spec = FAMILIES[kind].read(reader)
     except InputError as e:
         raise CheckpointError(f"{at} describes no model that can be built: {e}") from e
+    reader.ignore(*published.KEYS)
     reader.finish()
     return spec
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers were read.
+
+    names: which tensor is which parameter.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    tensors: Tensors
+    names: own.OwnNames | Bound
+    quantization: Quantization | None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of what is not quantised."""
+        return stored_dtype(self.config, self.tensors)
+
+    def plan(self, dtype, layout: Layout) -> tuple[CausalLM, list[Planned]]:
+        """The abstract model and what reads its arrays, as `planned` does."""
+        model, at = abstract(self.spec, dtype, layout), str(self.folder)
+        if self.quantization is not None:
+            model = as_stored(model, self.tensors, self.names.source, self.quantization, at)
+        return model, planned(model, self.tensors, self.names.source, ignorable=self.names.ignorable, at=at)
+
+    def plan_rounded(self, dtype, layout: Layout, rules: Rules) -> tuple[CausalLM, list[Planned]]:
+        """The same with matrices rounded while they are read.
+
+        Raises:
+          InputError: they are quantised already, or as `rounded`.
+        """
+        if self.quantization is not None:
+            raise InputError(
+                f"{self.folder} is quantised already ({self.quantization.scheme}); give the original, or no scheme"
+            )
+        return rounded(*self.plan(dtype, layout), rules)
+
+
+def open_checkpoint(folder: Path, config: dict[str, Any] | None = None) -> Opened:
+    """The stored tensors, the architecture, and which tensor is which parameter."""
+    config = read_config(folder) if config is None else config
+    at = folder / CONFIG
+    spec = _spec(config, at)
+    if config["model_type"] == own.MODEL_TYPE:
+        weights, quantization = config.get("weights", "safetensors"), read_quantization(config, at)
+        if weights not in ("safetensors", "orbax"):
+            raise CheckpointError(f'{at}: weights={weights!r} must be "safetensors" or "orbax"')
+        tensors = open_orbax(folder) if weights == "orbax" else open_tensors(folder)
+        tensors = tensors if quantization is None else Unpacked(tensors)
+        return Opened(folder, config, spec, tensors, own.OwnNames(), quantization)
+    family = FAMILIES[config["model_type"]].names(spec)
+    tensors, quantization = published.opened(config, open_tensors(folder), at, transposed=family.transposed)
+    return Opened(folder, config, spec, tensors, family.bind(spec, tensors), quantization)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxinf.checkpoint.parameters import Source
+from jaxinf.checkpoint.parameters import Source, same
 from jaxinf.checkpoint.tensors import Tensors
 from jaxinf.layers import LayerSpec, MoESpec
 from jaxinf.models import ModelSpec
+from jaxinf.quant import FIELDS
 
 Rows = Callable[[np.ndarray, LayerSpec], np.ndarray]
 Count = Callable[[LayerSpec], int]
 
 _SUFFIX = {"kernel": "weight", "scale": "weight", "table": "weight", "bias": "bias"}
+_BY_CHANNEL = ("values", "scales", "zeros", "outliers")
+"""Arrays of a quantised matrix that have its output channels."""
 _BUFFERS = r"rotary_emb\.inv_freq|masked_bias"
 """Tensors that old files hold and that are no parameters."""
 
@@ -83,7 +86,15 @@ class Bound:
         return self._names.head
 
     def source(self, name: str) -> Source:
-        """Where the parameter `name` lies."""
+        """Where the parameter `name` lies, or an array of it where it is quantised.
+
+        Those of a published matrix are seen as it is; each lies under the matrix's name with the field's behind it.
+        """
+        parameter, _, field = name.rpartition(".")
+        if field in FIELDS:
+            whole = self.source(parameter)
+            view = whole.view if field in _BY_CHANNEL else same
+            return Source(tuple(f"{stored}.{field}" for stored in whole.names), view, whole.several)
         names = self._names
         if not name.startswith("layers."):
             module, leaf = name.rsplit(".", 1)

@@ -18,6 +18,7 @@ from jax.sharding import Sharding
 from jaxinf.checkpoint.folders import written_beside
 from jaxinf.checkpoint.own import config_of, describe
 from jaxinf.checkpoint.parameters import pending
+from jaxinf.checkpoint.quantization import told_by
 from jaxinf.checkpoint.tensors import TensorInfo, Tensors
 from jaxinf.models import CausalLM
 from pallas_kernels.errors import CheckpointError
@@ -33,12 +34,14 @@ def save_orbax(
     tokenizer_files: Iterable[str | Path] = (),
     generation: dict[str, Any] | None = None,
     overwrite: bool = False,
+    scheme: str | None = None,
 ) -> Path:
     """As `save`, with the weights in `weights/` as orbax writes them: one entry a parameter, by name."""
     folder = Path(folder)
     values = {parameter.name: parameter.value() for parameter in pending(model)}
     with written_beside(folder, overwrite=overwrite) as scratch:
-        describe(scratch, config_of(model.spec, model.dtype, weights="orbax"), tokenizer_files, generation)
+        config = config_of(model.spec, model.dtype, told_by(model, scheme), weights="orbax")
+        describe(scratch, config, tokenizer_files, generation)
         write_orbax(scratch, values)
     return folder
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxinf.checkpoint.folders import CONFIG, GENERATION, write_json, written_beside
 from jaxinf.checkpoint.parameters import Source, pending
+from jaxinf.checkpoint.quantization import KEY, Quantization, told_by
 from jaxinf.checkpoint.tensors import SHARD_BYTES, write
 from jaxinf.core import from_record, to_record
 from jaxinf.models import CausalLM, ModelSpec
@@ -30,6 +31,7 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    scheme: str | None = None,
 ) -> Path:
     """Writes a folder that `load` reads back bit for bit, in either layout.
 
@@ -42,17 +44,19 @@ def save(
       overwrite: replace a checkpoint that is there.
       shard_bytes: largest file of several tensors.
       progress: called with (bytes written, bytes in all).
+      scheme: what `config.json` says of how a quantised model came about; None: its format.
 
     Returns:
       The folder's path.
 
     Raises:
       CheckpointError: the folder exists, or cannot be written.
-      UnsupportedError: a parameter is not a plain array.
+      UnsupportedError: parts of the model are with other processes.
     """
     folder = Path(folder)
     with written_beside(folder, overwrite=overwrite) as scratch:
-        describe(scratch, config_of(model.spec, model.dtype), tokenizer_files, generation)
+        config = config_of(model.spec, model.dtype, told_by(model, scheme))
+        describe(scratch, config, tokenizer_files, generation)
         write(scratch, pending(model), shard_bytes=shard_bytes, progress=progress)
     return folder
 
@@ -70,13 +74,14 @@ def describe(
         shutil.copyfile(file, folder / file.name)
 
 
-def config_of(spec: ModelSpec, dtype, **more: str) -> dict[str, Any]:
+def config_of(spec: ModelSpec, dtype, quantization: Quantization | None = None, **more: str) -> dict[str, Any]:
     """The `config.json` of a model."""
     return {
         "model_type": MODEL_TYPE,
         "version": VERSION,
         "dtype": str(jnp.dtype(dtype)),
         **more,
+        **({} if quantization is None else {KEY: quantization.record()}),
         "spec": to_record(spec),
     }
 
@@ -101,7 +106,7 @@ def spec_of(config: dict[str, Any], at: Path) -> ModelSpec:
         raise CheckpointError(
             f"{at} is version {json.dumps(config.get('version'))} of this format; this build reads {VERSION}"
         )
-    if unknown := sorted(set(config) - {"model_type", "version", "dtype", "spec", "weights"}):
+    if unknown := sorted(set(config) - {"model_type", "version", "dtype", "spec", "weights", KEY}):
         raise CheckpointError(f"{at} has keys that are not understood: {', '.join(unknown)}")
     try:
         return from_record(ModelSpec, config.get("spec"))

@@ -14,11 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxinf.checkpoint import packing
 from jaxinf.checkpoint.streaming import Progress, Wanted, place_all
 from jaxinf.checkpoint.tensors import Pending, Tensors
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
-from jaxinf.models.placing import mesh_of, placements
+from jaxinf.models.placing import mesh_of, placements, with_arrays
+from jaxinf.quant import parts
 from pallas_kernels.errors import CheckpointError, UnsupportedError
 from sharding import place as place_on_device
 from sharding.placement import Index, Read
@@ -30,20 +32,29 @@ _TILE = 256
 
 @dataclass(frozen=True)
 class Slot:
-    """A leaf of the model, and the names of the parameters in it.
+    """An array of the model, and the names of the parameters in it.
 
-    Names do not depend on the layout: "embed.table", "layers.3.attention.query.kernel". A leaf that stacks
-    the layers of a scan has one name for each of its first axis's entries (`stacked`).
+    Names do not depend on the layout: "embed.table", "layers.3.attention.query.kernel", and of a quantised one each
+    of its arrays: "layers.3.ffn.up.kernel.scales". An array that stacks the layers of a scan has one name for each
+    of its first axis's entries (`stacked`).
+
+    field: which array of a quantised parameter it is; None: the parameter itself.
     """
 
     path: tuple[Any, ...]
     names: tuple[str, ...]
     stacked: bool
     value: Any
+    field: str | None = None
+
+    def of(self, field: str, value: Any) -> Slot:
+        """An array of this parameter, quantised."""
+        names = tuple(f"{name}.{field}" for name in self.names)
+        return Slot((*self.path, field), names, self.stacked, value, field)
 
 
 Planned = tuple[Slot, Read]
-"""A leaf, and what reads its values at an index to the host."""
+"""An array of the model, and what reads its values at an index to the host."""
 
 
 def abstract(spec: ModelSpec, dtype, layout: Layout) -> CausalLM:
@@ -52,14 +63,24 @@ def abstract(spec: ModelSpec, dtype, layout: Layout) -> CausalLM:
 
 
 def slots(model: CausalLM) -> list[Slot]:
-    """The leaves of a model, abstract or not, in the order of the module tree."""
+    """The arrays of a model, abstract or not, in the order of the module tree (that of `placements`)."""
+    return [array for slot in parameter_slots(model) for array in arrays_of(slot)]
+
+
+def parameter_slots(model: CausalLM) -> list[Slot]:
+    """The parameters of a model, quantised ones whole."""
     return [_slot(model, path, variable.get_value()) for path, variable in nnx.to_flat_state(nnx.state(model))]
 
 
+def arrays_of(slot: Slot) -> Iterator[Slot]:
+    """The arrays of a parameter."""
+    for field, value, _ in parts(slot.value, "??"):
+        if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+            raise UnsupportedError(f"{slot.names[0]} is a {type(value).__name__}, which cannot be stored")
+        yield slot if field is None else slot.of(field, value)
+
+
 def _slot(model: CausalLM, path: tuple[Any, ...], value: Any) -> Slot:
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        at = ".".join(map(str, path))
-        raise UnsupportedError(f"{at} is a {type(value).__name__}; plain arrays alone can be stored so far")
     if path[0] != "segments":
         return Slot(path, (".".join(map(str, path)),), False, value)
     _, segment, _, block, *rest = path
@@ -94,7 +115,7 @@ def pending(model: CausalLM) -> Iterator[Pending]:
                     return whole[i] if slot.stacked else whole
                 return placed.fetch(slot.value, i if slot.stacked else None)
 
-            yield Pending(name, placed.dtype, shape[1:] if slot.stacked else shape, value)
+            yield packing.stored(Pending(name, placed.dtype, shape[1:] if slot.stacked else shape, value))
 
 
 def same(x: np.ndarray) -> np.ndarray:
@@ -116,34 +137,26 @@ class Source:
 
 def fill(
     model: CausalLM,
-    tensors: Tensors,
-    source: Callable[[str], Source],
+    plan: Sequence[Planned],
     *,
-    ignorable: Callable[[str], bool] = lambda name: False,
-    at: str,
     mesh: Mesh | None = None,
     place: Callable[..., Iterator[jax.Array]] = place_all,
     progress: Progress | None = None,
 ) -> CausalLM:
-    """The abstract `model` with values from `tensors`, one leaf at a time. See `planned`.
+    """The abstract `model` with the values that its plan reads, one array at a time.
 
     Args:
       mesh: spread the model over it; this process reads what its devices hold.
       place: how arrays are placed on the mesh, as `place_all` does.
       progress: called with (bytes on the devices, bytes in all), both of this process.
     """
-    plan = planned(model, tensors, source, ignorable=ignorable, at=at)
-    graph, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
     if mesh is None:
         values = _on_one_device(plan, progress)
     else:
         placed = placements(model, mesh.shape)
         wanted = [Wanted(p, read, leaf.names, leaf.stacked) for p, (leaf, read) in zip(placed, plan, strict=True)]
         values = place(wanted, mesh, progress)
-    for (leaf, _), value in zip(plan, values, strict=True):
-        flat[leaf.path] = flat[leaf.path].replace(value)
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return with_arrays(model, {leaf.path: value for (leaf, _), value in zip(plan, values, strict=True)})
 
 
 def _on_one_device(plan: Sequence[Planned], progress: Progress | None) -> Iterator[jax.Array]:
@@ -164,7 +177,7 @@ def planned(
     ignorable: Callable[[str], bool],
     at: str,
 ) -> list[Planned]:
-    """The leaves of the abstract `model`, each with what reads its values, or some of them, to the host.
+    """The arrays of the abstract `model`, each with what reads its values, or some of them, to the host.
 
     Args:
       source: from a parameter's name to where its values lie.
@@ -195,21 +208,27 @@ def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors, index: Ind
     dtype = np.dtype(leaf.value.dtype)
     names, inner = (leaf.names[index[0]], index[1:]) if leaf.stacked else (leaf.names, index)
     if not leaf.stacked and not sources[names[0]].several:
-        first = sources[names[0]]
-        view = first.view(tensors.read(first.names[0]))[inner]
+        view = _view(sources[names[0]], tensors, sources[names[0]].names[0], inner)
         if view.dtype == dtype and view.flags.c_contiguous:
-            tensors.expect(first.names[0], view)
-            _check_finite(view, first.names[0])
+            _check_finite(view, sources[names[0]].names[0])
             return view
     out = _aligned(tuple(s.stop - s.start for s in index), dtype)
     for i, name in enumerate(names):
         target, source = (out[i] if leaf.stacked else out), sources[name]
         stored, part = (source.names[inner[0]], inner[1:]) if source.several else (source.names, inner)
         for j, one in enumerate(stored):
-            values = source.view(tensors.read(one))[part]
-            tensors.expect(one, values)
+            values = _view(source, tensors, one, part)
             _copy(target[j] if source.several else target, values, one)
     return out
+
+
+def _view(source: Source, tensors: Tensors, name: str, index: Index) -> np.ndarray:
+    """Of a stored tensor, what lies at an index of its view."""
+    if source.view is same:
+        return tensors.part(name, index)
+    values = source.view(tensors.read(name))[index]
+    tensors.expect(name, values)
+    return values
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -238,6 +257,8 @@ def _copy(target: np.ndarray, values: np.ndarray, name: str) -> None:
 
 
 def _check_finite(x: np.ndarray, name: str) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return
     if x.size > _CHUNK and x.ndim > 1:
         rows = max(1, _CHUNK // max(1, x[:1].size))
         for i in range(0, x.shape[0], rows):
@@ -275,7 +296,7 @@ def _check_shapes(
         for name in leaf.names:
             source = sources[name]
             for stored in source.names:
-                if stored in tensors and (why := _mismatch(tensors, stored, source, want)):
+                if stored in tensors and (why := _mismatch(tensors, stored, source, want, leaf)):
                     wrong.append(why)
     problems = [
         f"{what}: {', '.join(names)}"
@@ -286,15 +307,22 @@ def _check_shapes(
         raise CheckpointError(f"the tensors of {at} do not fit its config; " + "; ".join(problems))
 
 
-def _mismatch(tensors: Tensors, stored: str, source: Source, want: tuple[int, ...]) -> str | None:
+def _mismatch(tensors: Tensors, stored: str, source: Source, want: tuple[int, ...], leaf: Slot) -> str | None:
     want = want[1:] if source.several else want
     shape, dtype = tensors[stored].shape, tensors[stored].dtype
-    if dtype.itemsize == 1 or not jnp.issubdtype(dtype, jnp.floating):
+    if leaf.field is None and (dtype.itemsize == 1 or not jnp.issubdtype(dtype, jnp.floating)):
         return f"{stored} in {dtype}, which is no form of plain weights"
-    try:
-        got = source.view(np.broadcast_to(np.int8(0), shape)).shape
-    except (ValueError, IndexError):
-        got = None
+    if leaf.field is not None and dtype != leaf.value.dtype:
+        return f"{stored} in {dtype}, where that of other layers is in {leaf.value.dtype}"
+    got = viewed_shape(source, shape)
     if got == want:
         return None
     return f"{stored} {list(shape)}, where the parameter is {list(want)}"
+
+
+def viewed_shape(source: Source, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape that a stored tensor of this shape is seen in; None: it cannot be."""
+    try:
+        return source.view(np.broadcast_to(np.int8(0), shape)).shape
+    except (ValueError, IndexError):
+        return None

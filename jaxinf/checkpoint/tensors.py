@@ -74,6 +74,12 @@ class Tensors(Mapping[str, TensorInfo]):
     def read(self, name: str) -> np.ndarray:
         raise NotImplementedError
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`read(name)[index]`, without bringing in more where that is possible."""
+        values = self.read(name)[index]
+        self.expect(name, values)
+        return values
+
     def expect(self, name: str, view: np.ndarray) -> None:
         """Tells that of a tensor that was read this view is going to be touched, and perhaps no more."""
 
@@ -212,8 +218,9 @@ def write(
 
 
 def _write_file(path: Path, tensors: Sequence[Pending]) -> Iterator[int]:
-    # Odd sizes last: what stands before them stays aligned.
-    tensors = sorted(tensors, key=lambda t: (t.nbytes % _ALIGN != 0, -t.dtype.itemsize))
+    # Odd sizes last: what stands before them stays aligned, and in its order, in which it is made with least work.
+    odd = [t for t in tensors if t.nbytes % _ALIGN]
+    tensors = [t for t in tensors if t.nbytes % _ALIGN == 0] + sorted(odd, key=lambda t: -t.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "jaxinf"}}
     at = 0
     for t in tensors:

@@ -91,7 +91,7 @@ def place_model(model: CausalLM, mesh: Mesh) -> CausalLM:
     moved = {}
     for value, old, new in zip(values, now, then, strict=True):
         moved[new.path] = new.place(value if before is None else old.fetch(value), mesh)
-    return _with(model, moved)
+    return with_arrays(model, moved)
 
 
 def place_abstract(model: CausalLM, mesh: Mesh) -> CausalLM:
@@ -100,7 +100,7 @@ def place_abstract(model: CausalLM, mesh: Mesh) -> CausalLM:
     Raises:
       InputError: as `check`.
     """
-    return _with(model, {placed.path: placed.abstract(mesh) for placed in placements(model, mesh.shape)})
+    return with_arrays(model, {placed.path: placed.abstract(mesh) for placed in placements(model, mesh.shape)})
 
 
 def unplace(model: CausalLM) -> CausalLM:
@@ -117,7 +117,7 @@ def unplace(model: CausalLM) -> CausalLM:
         if not value.is_fully_addressable:
             raise UnsupportedError("this process has only a part of the model; gather it where all parts are")
         whole[placed.path] = placed.fetch(value)
-    return _with(model, whole)
+    return with_arrays(model, whole)
 
 
 def mesh_of(model: CausalLM) -> Mesh | None:
@@ -135,7 +135,8 @@ def _arrays(model: CausalLM) -> list[Any]:
     return jax.tree.leaves([variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(model))])
 
 
-def _with(model: CausalLM, values: Mapping[tuple[Any, ...], Any]) -> CausalLM:
+def with_arrays(model: CausalLM, values: Mapping[tuple[Any, ...], Any]) -> CausalLM:
+    """The model with other arrays, by the paths that `placements` gives them."""
     graph, state = nnx.split(model)
     flat = []
     for path, variable in nnx.to_flat_state(state):
@@ -157,6 +158,12 @@ def _placed(model: CausalLM, sizes: Mapping[str, int], path: tuple[Any, ...], va
             whole = not in_stages(model.spec, int(path[1]))
     whole_value = variable.get_value()
     for field, value, names in parts(whole_value, logical):
+        inner = logical[-2] if field == "order" else None
+        if inner is not None and math.prod(sizes.get(axis, 1) for axis in rules.RULES[inner]) > 1:
+            raise UnsupportedError(
+                f"the rows of {at} lie in an order of their own (GPTQ with desc_act), so a mesh cannot split its "
+                f"{inner} channels; take a mesh with tensor=1, or a checkpoint without desc_act"
+            )
         if not (hasattr(value, "shape") and hasattr(value, "dtype")):
             raise UnsupportedError(f"{at} is a {type(value).__name__}, which cannot be placed")
         dims = []

@@ -139,11 +139,18 @@ def test_nonsense_in_a_config(changes: dict[str, Any], complaint: str, golden: G
         load(folder)
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "gptq", "fp8"])
-def test_quantised_weights_are_refused(method: str, golden: Golden) -> None:
+@pytest.mark.parametrize("method", ["fp8", "hqq", None])
+def test_unknown_ways_to_quantise_are_refused(method: str | None, golden: Golden) -> None:
     folder = edit(golden("gpt_oss"), quantization_config={"quant_method": method})
-    with pytest.raises(UnsupportedError, match=f"stored as '{method}'; take the bfloat16 form"):
+    with pytest.raises(
+        UnsupportedError, match=f"stored as {method!r}, which is not read; awq, bitsandbytes, .* are"
+    ):
         load(folder)
+    edit(folder, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(CheckpointError, match="stored as 'mxfp4', but none is"):
+        load(folder)
+    with pytest.raises(CheckpointError, match="quantization_config='int8' must be an object"):
+        load(edit(folder, quantization_config="int8"))
 
 
 def test_integers_are_no_weights(golden: Golden) -> None:
