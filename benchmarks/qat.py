@@ -12,7 +12,8 @@ read in windows of the model's context that move by half of it:
   KL         mean of KL(float32 || model) a token, in nats, from the shipped model and from that trained on
   agree      tokens whose most likely one is that of the shipped model
   weights    bits a rounded weight takes, scales included
-A call that is stopped goes on from its last checkpoint. Needs the training text (`python -m jaxinf.training`).
+A call that is stopped goes on from its last checkpoint; trainings that are done are scored as they are. Needs the
+training text (see `python -m jaxinf.training --help`).
 """
 
 import argparse
@@ -38,7 +39,7 @@ from jaxinf.training import run
 from jaxinf.training.corpus import read_held_out
 from jaxinf.training.data import Batches, Documents
 from jaxinf.training.evaluate import windows
-from jaxinf.training.loop import Trainer
+from jaxinf.training.loop import Network, Trainer
 from jaxinf.training.optimizer import OptimizerSpec
 from jaxinf.training.rounding import BITNET, Rounding, finish_qat, start_qat
 from pallas_kernels.errors import JaxinfError
@@ -52,7 +53,9 @@ RUNS: dict[str, tuple[Rounding | None, OptimizerSpec]] = {
 }
 
 
-def trained(name: str, steps: int, shipped: CausalLM, documents: Documents, out: Path) -> tuple[CausalLM, dict]:
+def trained(
+    name: str, steps: int, minutes: float | None, shipped: CausalLM, documents: Documents, out: Path
+) -> tuple[CausalLM, dict]:
     """The model that a run ends with, and what the run was."""
     rounding, optimizer = RUNS[name]
     recipe = run.find_recipe("stdlib-draft")
@@ -61,19 +64,22 @@ def trained(name: str, steps: int, shipped: CausalLM, documents: Documents, out:
     trainer = Trainer(recipe.model, spec, batches, out / f"{name}-{steps}", start=shipped)
 
     def show(record) -> None:
-        if record.step % 10 == 0 or record.step == steps:
+        if record.step % 10 == 0:
             recent = np.mean([r.loss for r in trainer.records[-10:]])
-            print(f"  {name}: step {record.step} of {steps}, loss {recent:.4f}, {record.seconds:.0f} s", flush=True)
+            print(
+                f"  {name}: step {record.step} ({record.progress:.0%}), loss {recent:.4f}, {record.seconds:.0f} s",
+                flush=True,
+            )
 
     try:
         trainer.resume()
-        trainer.run(on_step=show, checkpoint_minutes=2.0)
+        trainer.run(minutes=minutes, on_step=show, checkpoint_minutes=2.0)
     finally:
         trainer.close()
     model = trainer.network.model(trainer.params)
     about = {
-        "steps": steps,
-        "tokens": steps * spec.batch * spec.context,
+        "steps": trainer.step,
+        "tokens": trainer.step * spec.batch * spec.context,
         "peak rates": [optimizer.matrix_rate, optimizer.other_rate],
         "last loss": float(np.mean([r.loss for r in trainer.records[-10:]])),
         "seconds": trainer.seconds,
@@ -145,6 +151,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="updates of each training (default: 300)")
+    parser.add_argument("--minutes", type=float, help="end each training after this long at most, its rate at 0")
     parser.add_argument("--train", choices=RUNS, help="only this training, no table")
     parser.add_argument("--windows", type=int, help="held-out windows to score (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/qat"), help="checkpoints of the trainings")
@@ -154,7 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         folder = run.locate("stdlib-draft")
-        shipped = checkpoint.load(folder, dtype="float32").model
+        loaded = checkpoint.load(folder, dtype="float32").model
+        network = Network(loaded.spec)
+        shipped = network.model(network.params_of(loaded))
         documents = run.prepare(args.data, args.source)
         if (
             Tokenizer.from_file(str(folder / run.TOKENIZER)).to_str()
@@ -162,9 +171,9 @@ def main(argv: list[str] | None = None) -> int:
         ):
             parser.error(f"the tokenizer in {args.data} is not the draft model's; give --data another folder")
         if args.train:
-            trained(args.train, args.steps, shipped, documents, args.out)
+            trained(args.train, args.steps, args.minutes, shipped, documents, args.out)
             return 0
-        runs = {name: trained(name, args.steps, shipped, documents, args.out) for name in RUNS}
+        runs = {name: trained(name, args.steps, args.minutes, shipped, documents, args.out) for name in RUNS}
         files = read_held_out(ROOT / run.HELD_OUT)
     except JaxinfError as error:
         print(f"error: {error}", file=sys.stderr)

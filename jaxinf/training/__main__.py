@@ -7,12 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pallas_kernels.errors import JaxinfError
+from pallas_kernels.errors import InputError, JaxinfError
 
 EXAMPLES = """examples:
   python -m jaxinf.training stdlib                  train the target for its recipe's steps
   python -m jaxinf.training stdlib --minutes 90     end after 90 minutes at most, the rate falling to 0 by then
   python -m jaxinf.training stdlib --resume         go on where it was stopped
+  python -m jaxinf.training stdlib-draft --round int4 --group 64 --steps 300
+                                                    go on from the embedded model, for weights stored as int4
+  python -m jaxinf.training stdlib-draft --round b1.58 --start none
+                                                    ternary weights from the beginning
   python -m jaxinf.training evaluate --json         bits per byte of the embedded models and of xz
 """
 
@@ -29,10 +33,18 @@ def parser() -> argparse.ArgumentParser:
         train = verbs.add_parser(name, help=f"train {name}")
         train.add_argument("--steps", type=int, help="updates in all (default: the recipe's)")
         train.add_argument("--minutes", type=float, help="end after this long at most; not bit-reproducible")
-        train.add_argument("--out", type=Path, default=Path("runs") / name, help="checkpoints, log, plot, export")
+        train.add_argument("--out", type=Path, help=f"checkpoints, log, plot, export (default: runs/{name})")
         train.add_argument("--data", type=Path, default=Path("runs/corpus"), help="tokenizer and encoded corpus")
         train.add_argument("--source", type=Path, help="Lib folder of Python 3.11.7 (default: this interpreter's)")
         train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
+        rounding = train.add_argument_group(
+            "training with rounding", "matrices of attention and feed-forward layers learn to be stored narrower"
+        )
+        rounding.add_argument("--round", metavar="FORMAT", help="int8, int4, ternary, b1.58, ... (--out gains it)")
+        rounding.add_argument("--group", type=int, help="rows that share a scale (default: the format's)")
+        rounding.add_argument("--activations", choices=["int8"], help="round inputs to bytes, a scale a token")
+        rounding.add_argument("--start", help="model to go on from; none (default: with --round the embedded one)")
+        rounding.add_argument("--rate", type=float, help="multiplies peak rates (default: 1, or 0.25 from a model)")
     score = verbs.add_parser("evaluate", help="bits per byte over the held-out text, of models and of xz")
     score.add_argument("models", nargs="*", default=["stdlib", "stdlib-draft"], help="names or folders")
     score.add_argument("--stride", type=int, help="tokens by which windows move (default: half the context)")
@@ -51,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import Progress
 
     from jaxinf.training import run
+    from jaxinf.training.rounding import rounding_of
 
     console = Console(stderr=True)
     try:
@@ -75,15 +88,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         f"{record['bytes']} bytes of {record['files']} held-out files"
                     )
         else:
+            if options.round is None and (options.group or options.activations):
+                raise InputError("--group and --activations say how to round: give --round a format too")
+            rounding = options.round and rounding_of(options.round, options.group, options.activations)
+            name = f"{options.verb}-{options.round}" if options.round else options.verb
             run.train(
                 options.verb,
-                out=options.out,
+                out=options.out or Path("runs") / name,
                 data=options.data,
                 steps=options.steps,
                 minutes=options.minutes,
                 resume=options.resume,
                 source=options.source,
                 console=console,
+                rounding=rounding,
+                start=options.start,
+                rate=options.rate,
             )
     except JaxinfError as error:
         console.print(f"error: {error}", style="red", markup=False)

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jaxinf.models import CausalLM, ModelSpec
+from jaxinf.quant import QTensor
 from jaxinf.training.data import Batches
 from jaxinf.training.optimizer import OptimizerSpec, make_optimizer, rate_factor, scaled_update
 from jaxinf.training.rounding import Rounding, start_qat
@@ -107,16 +108,16 @@ class Network:
         }
 
     def params_of(self, model: CausalLM) -> Params:
-        """Copies, in float32, of the parameters of a model that has this spec.
+        """Float32 copies of the parameters of a model of this spec; of quantised matrices, what they stand for.
 
         Raises:
-          InputError: it has another, or was rounded already.
+          InputError: it is of another spec.
         """
-        state = nnx.split(model)[1]
-        if model.spec != self.spec or model.layout != "list" or len(jax.tree.leaves(state)) != len(self.paths):
-            raise InputError("the model to start from is another than the one to train: give one of its own kind")
-        leaves = [jnp.array(x, jnp.float32, copy=True) for x in jax.tree.leaves(state)]
-        return dict(zip(self.paths, leaves, strict=True))
+        if model.spec != self.spec or model.layout != "list":
+            raise InputError("the model to start from is not of the spec that is trained: give one of the recipe's")
+        leaves = jax.tree.leaves(nnx.split(model)[1], is_leaf=lambda x: isinstance(x, QTensor))
+        wide = [x.dequantize() if isinstance(x, QTensor) else jnp.array(x, jnp.float32) for x in leaves]
+        return dict(zip(self.paths, wide, strict=True))
 
     def model(self, params: Params) -> CausalLM:
         """The module with these parameters (inside `jit` too)."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxinf.models import CausalLM
-from jaxinf.quant import FakeQuant, QTensor, fake_quant, rounded
+from jaxinf.quant import TRAINABLE, FakeQuant, QTensor, fake_quant, rounded
 from pallas_kernels.errors import InputError
 
 
@@ -29,6 +30,22 @@ class Rounding:
 
 BITNET = Rounding("ternary", activations="int8")
 """BitNet b1.58's layers (Ma et al. 2024, arXiv:2402.17764)."""
+B158 = "b1.58"
+
+
+def rounding_of(name: str, group: int | None = None, activations: Literal["int8"] | None = None) -> Rounding:
+    """A rounding by the name of its format, or "b1.58" for `BITNET`.
+
+    Raises:
+      InputError: an unknown name (lists them), or options beside "b1.58", which has its own.
+    """
+    if name == B158:
+        if group is not None or activations not in (None, "int8"):
+            raise InputError(f"{B158} is ternary with bytes for inputs: leave out group and activations")
+        return BITNET
+    if name not in TRAINABLE:
+        raise InputError(f"rounding {name!r} must be one of {', '.join((*TRAINABLE, B158))}")
+    return Rounding(name, group, activations)
 
 
 def start_qat(model: CausalLM, rounding: Rounding) -> CausalLM:
@@ -75,4 +92,14 @@ def finish_qat(model: CausalLM) -> CausalLM:
         flat.append((path, variable))
     if not found:
         raise InputError("the model was not trained with rounding; begin with start_qat, or use quantize")
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def in_bfloat16(model: CausalLM) -> CausalLM:
+    """The model with its plain arrays in bfloat16; quantised matrices stay as they are."""
+    graph, state = nnx.split(model)
+    flat = [
+        (path, v if isinstance(v.get_value(), QTensor) else v.replace(v.get_value().astype(jnp.bfloat16)))
+        for path, v in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(flat))

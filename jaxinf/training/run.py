@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
@@ -19,6 +17,7 @@ from jaxinf.training.data import Batches, Documents
 from jaxinf.training.evaluate import bits_per_byte, xz_bits_per_byte
 from jaxinf.training.loop import Trainer, plot_loss, write_log
 from jaxinf.training.recipes import RECIPES, Recipe
+from jaxinf.training.rounding import B158, BITNET, Rounding, finish_qat, in_bfloat16
 from jaxinf.training.tokenizer import end_of_text, train_tokenizer
 from pallas_kernels.errors import CheckpointError, InputError
 
@@ -64,24 +63,45 @@ def train(
     resume: bool = False,
     source: Path | None = None,
     console: Console | None = None,
+    rounding: Rounding | None = None,
+    start: str | None = None,
+    rate: float | None = None,
 ) -> Path:
     """Train a recipe and export it; see `python -m jaxinf.training --help`.
+
+    Args:
+      rounding: train for matrices that are stored so, and export them so.
+      start: a model to go on from, by name or folder; None: with a rounding the embedded model of that name, else
+        fresh parameters, as "none" says too.
+      rate: multiplies the recipe's peak rates; None: 1, or a quarter where a trained model goes on in more than
+        two bits: b1.58 has to find other weights, the wider formats those nearby.
 
     Returns:
       The exported folder, `out/export`; the log and the loss plot lie in `out`.
 
     Raises:
       CheckpointError: `out` holds checkpoints and `resume` is false.
+      InputError: the model to start from is no such model, or the rounding does not fit it.
     """
     recipe = find_recipe(name)
+    if start is None:
+        start = "none" if rounding is None else name
+    if rate is None:
+        rate = 1.0 if start == "none" or (rounding is not None and rounding.format == "ternary") else 0.25
+    if not rate > 0:
+        raise InputError(f"rate={rate} must be above 0")
     console = Console(stderr=True) if console is None else console
     if not resume and any((out / "checkpoints").glob("*")):
         raise CheckpointError(f"{out} holds the checkpoints of an earlier run: pass --resume, or another --out")
     console.print(f"corpus and tokenizer in {data}")
     documents = prepare(data, source)
-    spec = recipe.train if steps is None else replace(recipe.train, steps=steps)
+    peak = recipe.train.optimizer
+    peak = replace(peak, matrix_rate=rate * peak.matrix_rate, other_rate=rate * peak.other_rate)
+    spec = replace(recipe.train, rounding=rounding, optimizer=peak)
+    spec = spec if steps is None else replace(spec, steps=steps)
     batches = Batches(documents, batch=spec.batch, context=spec.context, seed=spec.seed)
-    trainer = Trainer(recipe.model, spec, batches, out)
+    begin = None if start == "none" else checkpoint.load(locate(start), dtype="float32").model
+    trainer = Trainer(recipe.model, spec, batches, out, start=begin)
     try:
         if resume and trainer.resume():
             console.print(f"resumed at step {trainer.step}")
@@ -115,15 +135,19 @@ def train(
 
 
 def export(trainer: Trainer, tokenizer_file: Path, folder: Path) -> Path:
-    """Write the trained parameters in bfloat16 as a folder that the library loads."""
+    """Write the trained parameters as a folder that the library loads: in bfloat16, and rounded where the training
+    was for that."""
     end = end_of_text(Tokenizer.from_file(str(tokenizer_file)))
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trainer.params)
+    model, rounding = trainer.network.model(trainer.params), trainer.train.rounding
+    if rounding is not None:
+        model = finish_qat(model)
     return checkpoint.save(
         folder,
-        trainer.network.model(params),
+        in_bfloat16(model),
         tokenizer_files=[tokenizer_file],
         generation={"bos_token_id": end, "eos_token_id": end},
         overwrite=True,
+        scheme=None if rounding is None else B158 if rounding == BITNET else "qat",
     )
 
 
