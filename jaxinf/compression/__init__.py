@@ -1,6 +1,7 @@
 """Smaller models from models."""
 
 from jaxinf.compression.calibration import Calibration
+from jaxinf.compression.dequantizing import dequantize
 from jaxinf.compression.folding import plant_outliers
 from jaxinf.compression.layerwise import Settings, quantize_layer
 from jaxinf.compression.quantizing import quantize
@@ -16,6 +17,7 @@ __all__ = [
     "Scheme",
     "Settings",
     "Target",
+    "dequantize",
     "finish_qat",
     "plan",
     "plant_outliers",
