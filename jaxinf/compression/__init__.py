@@ -2,6 +2,7 @@
 
 from jaxinf.compression.calibration import Calibration
 from jaxinf.compression.dequantizing import dequantize
+from jaxinf.compression.divergence import Divergence, divergence
 from jaxinf.compression.folding import plant_outliers
 from jaxinf.compression.layerwise import Settings, quantize_layer
 from jaxinf.compression.quantizing import quantize
@@ -13,11 +14,13 @@ __all__ = [
     "KEEP",
     "SCHEMES",
     "Calibration",
+    "Divergence",
     "Rounding",
     "Scheme",
     "Settings",
     "Target",
     "dequantize",
+    "divergence",
     "finish_qat",
     "plan",
     "plant_outliers",

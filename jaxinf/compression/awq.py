@@ -1,8 +1,8 @@
 """AWQ: channels of large inputs are scaled up before rounding (Lin et al. 2023, arXiv:2306.00978).
 
-What a group of rows loses by rounding depends on its largest entry, so a channel that is scaled up by s loses 1/s of
-what it did as long as that entry stays. s = (mean |x|)^alpha, one a channel, is searched over alpha; the model takes
-1/s into what comes before (`jaxinf.compression.folding`).
+What a group of rows loses by rounding depends on its largest entry, so a channel that is scaled up by s loses 1/s
+of what it did as long as that entry stays. s = (mean |x|)^alpha, one a channel, is searched over alpha; the model
+takes 1/s into what comes before (`jaxinf.compression.folding`).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Calibration:
         tokens = np.asarray(self.tokens)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size or self.batch < 1:
             raise InputError(
-                f"calibration tokens of shape {tokens.shape} and dtype {tokens.dtype}, {self.batch} rows at a time, "
+                f"calibration tokens of shape {tokens.shape} and dtype {tokens.dtype}, {self.batch} at a time, "
                 "must be integers [rows, length], and one row or more at a time"
             )
         object.__setattr__(self, "tokens", tokens.astype(np.int32))
@@ -78,8 +78,8 @@ class Calibration:
         rows, length = self.tokens.shape
         if self.tokens.size < widest:
             raise InputError(
-                f"the calibration text has {self.tokens.size} tokens, too few to tell {widest} channels apart: give "
-                f"{widest} at least, ten times as many are better"
+                f"the calibration text has {self.tokens.size} tokens, too few to tell {widest} channels apart: "
+                f"give {widest} at least, ten times as many are better"
             )
         most = min(block_tokens(layer.ffn.token_bytes(spec.d_model)) for layer in spec.layers())
         if length > min(spec.context, most):

@@ -47,13 +47,13 @@ def gptq(
       float32 `[..., K, N]`, whole numbers of so many bits.
     """
     lead = w.shape[:-2]
-    flat = [x.astype(jnp.float32).reshape(-1, *x.shape[len(lead) :]) for x in (w, gram, scales)]
-    codes = jax.lax.map(lambda each: _one(*each, bits, act_order, damping), tuple(flat))
+    flat = tuple(x.astype(jnp.float32).reshape(-1, *x.shape[len(lead) :]) for x in (w, gram, scales))
+    codes = jax.lax.map(lambda each: _one(each[0], each[1], each[2], bits, act_order, damping), flat)
     return codes.reshape(w.shape)
 
 
 def _one(w, gram, scales, bits: int, act_order: bool, damping: float) -> jax.Array:
-    inner, columns = w.shape
+    inner = w.shape[0]
     importance = jnp.diag(gram)
     order = jnp.argsort(-importance) if act_order else jnp.arange(inner)
     steps = jnp.repeat(scales, inner // scales.shape[0], axis=0)[order]

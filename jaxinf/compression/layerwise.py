@@ -1,7 +1,7 @@
 """One layer at a time: text passes through, its matrices are quantised, and text passes through what became of it.
 
-So each layer is calibrated with what the quantised layers before it give, and memory holds one layer, the moments of
-its inputs and the text's hidden states.
+So each layer is calibrated with what the quantised layers before it give, and memory holds one layer, the moments
+of its inputs and the text's hidden states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from jaxinf.compression import awq, outliers, smoothquant
 from jaxinf.compression.folding import Fold, Weights, folds, weights_of, with_weights
 from jaxinf.compression.gptq import errors, gptq
-from jaxinf.compression.observing import Stats, check_inputs, check_weight, observe, run
+from jaxinf.compression.observing import Stats, check_weight, run, statistics
 from jaxinf.compression.scales import searched
 from jaxinf.compression.schemes import Method, Target
 from jaxinf.layers import Block
@@ -73,36 +73,52 @@ def quantize_layer(
       InputError: NaN or infinity in weights or in the inputs of a matrix, which it names.
     """
     settings = settings or Settings()
+    weights, stats = folded(block, hidden, targets, at=at, settings=settings)
+    new = with_weights(block, rounded(weights, stats, targets, at=at, settings=settings))
+    return new, [np.asarray(run(new, jnp.asarray(x))[0]) for x in hidden]
+
+
+def folded(
+    block: Block,
+    hidden: Sequence[np.ndarray],
+    targets: Mapping[str, Target | None],
+    *,
+    at: str = "",
+    settings: Settings,
+) -> tuple[Weights, dict[str, Stats]]:
+    """The first half of `quantize_layer`: weights that compute the same and are easier to round, and what they are
+    given (nothing where no method asks)."""
     weights = weights_of(block)
-    wanted = {name: targets.get(f"{at}{name}") for name in weights}
-    chosen = {name: target for name, target in wanted.items() if target is not None}
+    chosen = _chosen(weights, targets, at)
     for name in weights:
         check_weight(weights[name], f"{at}{name}")
     methods = {target.method for target in chosen.values()}
-    if methods - {"nearest"}:
-        stats = _observed(block, hidden, gram=bool(methods & {"awq", "gptq"}), at=at)
-        _fold(weights, block, stats, chosen, settings)
-    else:
-        stats = {}
-    for name, target in chosen.items():
-        weights[name] = _quantized(weights[name], target, stats.get(name), settings)
-    new = with_weights(block, weights)
-    return new, [np.asarray(run(new, jnp.asarray(x))) for x in hidden]
+    if not methods - {"nearest"}:
+        return weights, {}
+    stats = statistics(block, hidden, gram=bool(methods & {"awq", "gptq"}), at=at)
+    _fold(weights, block, stats, chosen, settings)
+    return weights, stats
 
 
-def _observed(block: Block, hidden: Sequence[np.ndarray], *, gram: bool, at: str) -> dict[str, Stats]:
-    """By name of a matrix; those with the same input share theirs."""
-    total: dict[tuple[str, ...], Stats] = {}
-    for x in hidden:
-        _, found = observe(block, jnp.asarray(x), gram=gram)
-        total = {names: _sum(total[names], new) for names, new in found.items()} if total else found
-    check_inputs(total, at)
-    return {name: stats for names, stats in total.items() for name in names}
+def rounded(
+    weights: Weights,
+    stats: Mapping[str, Stats],
+    targets: Mapping[str, Target | None],
+    *,
+    at: str,
+    settings: Settings,
+) -> Weights:
+    """The second half: the same with a `QTensor` for each matrix that has a target."""
+    chosen = _chosen(weights, targets, at)
+    return {
+        name: _quantized(w, chosen[name], stats.get(name), settings) if name in chosen else w
+        for name, w in weights.items()
+    }
 
 
-@partial(jax.jit, donate_argnums=0)
-def _sum(a: Stats, b: Stats) -> Stats:
-    return a + b
+def _chosen(weights: Weights, targets: Mapping[str, Target | None], at: str) -> dict[str, Target]:
+    found = {name: targets.get(f"{at}{name}") for name in weights}
+    return {name: target for name, target in found.items() if target is not None}
 
 
 def _fold(
@@ -185,7 +201,8 @@ def _round(w: jax.Array, steps: jax.Array, bits: int) -> jax.Array:
 def _quantized(w: jax.Array, target: Target, stats: Stats | None, settings: Settings) -> QTensor:
     method = target.method if stats is not None else "nearest"
     if method in ("awq", "gptq"):
-        assert stats is not None and target.bits is not None
+        assert stats is not None
+        assert target.bits is not None
         values, steps = _calibrated(w, stats.gram, target.group, target.bits, method, settings)
         dtype = jnp.int8 if target.bits == 8 else jnp.int4
         return QTensor(values.astype(dtype), steps[..., 0, :] if steps.shape[-2] == 1 else steps)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxinf.cache import Step
 from jaxinf.layers import Block, Linear
-from jaxinf.layers.moe import Experts
+from jaxinf.layers.moe import Experts, MoE
 from jaxinf.quant import QTensor
 from pallas_kernels import grouped_matmul
 from pallas_kernels.errors import InputError
@@ -151,7 +152,7 @@ def _observe(graph, state, x: jax.Array, gram: bool) -> tuple[jax.Array, dict[st
             )
     out, _, _ = block(x, _step(x), None)
     return out, {
-        "|".join(names): Stats.of_groups(*x, gram) if isinstance(x, tuple) else Stats.of(x, gram)
+        "|".join(names): Stats.of_groups(x[0], x[1], x[2], gram) if isinstance(x, tuple) else Stats.of(x, gram)
         for x, names in inputs
     }
 
@@ -168,14 +169,53 @@ def _replace(block: Block, path: tuple[Any, ...], by: Any) -> None:
     setattr(module, str(last), by)
 
 
-def run(block: Block, x: jax.Array) -> jax.Array:
-    """`x [B, T, d]` -> the block's output."""
-    return _run(*nnx.split(block), x)
+def statistics(block: Block, hidden: Sequence[np.ndarray], *, gram: bool, at: str = "") -> dict[str, Stats]:
+    """What a block's matrices are given, by their names in it; those with the same input share theirs.
+
+    Args:
+      hidden: the block's inputs, some rows at a time, `[batch, length, d]` each.
+      gram: whether moments are wanted.
+      at: the block's name, for messages.
+
+    Raises:
+      InputError: inputs that are NaN or infinite.
+    """
+    total: dict[tuple[str, ...], Stats] = {}
+    for x in hidden:
+        _, found = observe(block, jnp.asarray(x), gram=gram)
+        total = {names: _sum(total[names], new) for names, new in found.items()} if total else found
+    check_inputs(total, at)
+    return {name: stats for names, stats in total.items() for name in names}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _sum(a: Stats, b: Stats) -> Stats:
+    return a + b
+
+
+def run(block: Block, x: jax.Array, routing: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """`x [B, T, d]` -> the block's output, and a mixture's router's logits `[B, T, experts]`; None: no mixture.
+
+    routing: logits to be taken in their place.
+    """
+    graph, state = nnx.split(block)
+    return _run(graph, state, x, routing)
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(graph, state, x: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state)(x, _step(x), None)[0]
+def _run(graph, state, x: jax.Array, routing: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    block = nnx.merge(graph, state)
+    noted: list[jax.Array] = []
+    if isinstance(block.ffn, MoE):
+        router: Any = block.ffn.router
+
+        def route(h: jax.Array) -> jax.Array:
+            noted.append(router(h) if routing is None else routing)
+            return noted[-1]
+
+        _replace(block, ("ffn", "router"), route)
+    out, _, _ = block(x, _step(x), None)
+    return out, noted[0] if noted else None
 
 
 def check_inputs(found: Mapping[tuple[str, ...], Stats], at: str) -> None:

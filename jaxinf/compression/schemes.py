@@ -117,6 +117,8 @@ def leaves(model: CausalLM) -> Iterator[Leaf]:
         if not variable.get_metadata().get("quantizable", False):
             continue
         _, segment, _, block, *rest = path
+        assert isinstance(segment, int)
+        assert isinstance(block, int)
         first = sum(s.layers for s in specs[:segment]) + block
         stacked = model.layout == "stacked"
         every = range(specs[segment].repeats if stacked else 1)
@@ -170,7 +172,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _rule(rules: Mapping[str, str], name: str) -> str | None:
-    return next((rule for pattern, rule in reversed(rules.items()) if matches(pattern, name)), None)
+    return next((rule for pattern, rule in reversed(list(rules.items())) if matches(pattern, name)), None)
 
 
 def _target(scheme: Scheme, rule: str | None, group: int | None, leaf: Leaf) -> Target | None:
