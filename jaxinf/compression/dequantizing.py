@@ -12,7 +12,7 @@ from jaxinf.quant import QTensor
 
 
 def dequantize(model: CausalLM) -> CausalLM:
-    """The model with plain matrices, in the dtype of its activations: what quantised ones stand for, rounded to that.
+    """The model with plain matrices, in the dtype of its activations: what quantised ones stand for.
 
     Inputs are rounded no more (`w8a8`). A model without quantised matrices comes back as it is.
     """

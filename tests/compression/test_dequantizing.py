@@ -20,7 +20,7 @@ def test_logits_stay_and_no_matrix_is_quantised() -> None:
     assert not any(isinstance(value, QTensor) for value in values)
     assert {value.dtype for value in values} == {jnp.dtype("float32")}
     tokens = jnp.arange(12).reshape(2, 6)
-    np.testing.assert_allclose(wide(tokens), made(tokens), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(wide(tokens), made(tokens), atol=1e-3)
 
 
 def test_a_plain_model_stays_as_it_is() -> None:
