@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxinf import compression
 from jaxinf.aot import lowering, topology
 from jaxinf.aot.job import Steered
+from jaxinf.cache import Kind
 from jaxinf.checkpoint.parameters import abstract
 from jaxinf.generation import loop
 from jaxinf.generation.step import decode_step, prefill
@@ -70,6 +71,7 @@ def generation(
     piece: int | None = None,
     dtype: Any = "bfloat16",
     quantize: str | None = None,
+    cache: Kind | None = None,
 ) -> Generation:
     """Compiles a program of a model for a slice: see `built`.
 
@@ -89,6 +91,7 @@ def generation(
         piece=piece,
         dtype=dtype,
         quantize=quantize,
+        cache=cache,
     )
     compiled = lowering.lower(made.call.fn, *made.call.args, chip=chip, mesh=made.mesh, donate=made.call.donate)
     return Generation(compiled, made.weights, made.cache, part)
@@ -117,6 +120,7 @@ def built(
     piece: int | None = None,
     dtype: Any = "bfloat16",
     quantize: str | None = None,
+    cache: Kind | None = None,
     held: int | None = None,
 ) -> Built:
     """A program of a model for a slice: `jaxinf.generation.loop.generate`, or a part of it.
@@ -132,6 +136,7 @@ def built(
       piece: tokens of a prompt that one pass takes; activations grow with it. None: so many that a chip's rows have
         a thousand in a pass together, which keeps its matrix units busy.
       dtype: of weights and cache. quantize: of linear weights, such as "int8" (`jaxinf.compression.quantize`).
+      cache: "int8", "fp8" or "int4": keys and values in fewer bits.
       held: tokens that each row's cache has; None: not known. The static model follows kernels by it.
 
     Raises:
@@ -155,9 +160,9 @@ def built(
         weights, tree = jax.tree.flatten(state)
 
         def empty():
-            return init_cache(spec, rows // ways_of_rows, capacity, dtype=dtype, layout="stacked")
+            return init_cache(spec, rows // ways_of_rows, capacity, dtype=dtype, layout="stacked", kind=cache)
 
-        cache = jax.eval_shape(program.over(where, empty, (), OWN))
+        stored = jax.eval_shape(program.over(where, empty, (), OWN))
 
     def rebuilt(weights):
         return nnx.merge(graph, jax.tree.unflatten(tree, weights))
@@ -191,10 +196,10 @@ def built(
     tokens = lies(jax.ShapeDtypeStruct(shape, jnp.int32), ROWS)
     new = None if held is None else 1 if part == "decode" else prompt
     counts = steered(lies(jax.ShapeDtypeStruct((rows,), jnp.int32), ROWS), new)
-    cache = jax.tree.map(lambda c: lies(c, OWN), cache)  # as the device lays it out
-    size = _bytes(cache)
-    cache = dataclasses.replace(cache, lengths=steered(cache.lengths, held))
-    call = Call(run, (weights, tokens, counts, cache), Work(0.0, 0.0), donate=(3,))
+    stored = jax.tree.map(lambda c: lies(c, OWN), stored)  # as the device lays it out
+    size = _bytes(stored)
+    stored = dataclasses.replace(stored, lengths=steered(stored.lengths, held))
+    call = Call(run, (weights, tokens, counts, stored), Work(0.0, 0.0), donate=(3,))
     return Built(call, where, _bytes(weights), size)
 
 

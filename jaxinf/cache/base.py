@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
+from jaxinf.cache.store import Store
 from pallas_kernels import flash_attention
+from sharding import zigzag
 from sharding.collectives import size
 from sharding.sequence import sequence_attention
 
@@ -97,6 +99,22 @@ def attend_alone(
     return attend(q, k, v, lengths=step.counts, return_lse=return_lse, **rule.mask)
 
 
+def to_store(store: Store, k: jax.Array, step: Step, rule: AttentionRule) -> jax.Array:
+    """Keys of a pass as a store takes them."""
+    return k if store.grouped else rule.turn(k, step.positions)
+
+
+def as_read(
+    store: Store, k: jax.Array, v: jax.Array, step: Step, rule: AttentionRule
+) -> tuple[jax.Array, jax.Array]:
+    """Keys, rotated, and values of a pass as later passes read them: in fewer bits if the store has fewer."""
+    if store.grouped and step.zigzag:  # what is rounded together lies on several chips
+        k = zigzag.share(store.rounded_keys(zigzag.whole(k, 2), step.starts, step.totals), 2)
+    else:
+        k = store.rounded_keys(to_store(store, k, step, rule), step.starts, step.counts)
+    return rule.turn(k, step.positions) if store.grouped else k, store.rounded_values(v)
+
+
 class LayerCache(abc.ABC):
     """Keys and values of one attention layer, or of several stacked along a leading axis.
 
@@ -122,12 +140,13 @@ class LayerCache(abc.ABC):
           `(out [B, N, T, D], the cache after)`. Columns past a row's count are unspecified and not stored.
         """
 
-    def take(self, rows: jax.Array) -> LayerCache:
-        """The cache of the rows `rows` int32 `[M]`, in that order, repeats allowed; a copy.
+    @abc.abstractmethod
+    def map_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> Self:
+        """The cache with `change(array, its axis of rows)` in place of every array."""
 
-        This one is for caches whose every array is `[..., B, K, S, D]`.
-        """
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), self)
+    def take(self, rows: jax.Array) -> Self:
+        """The cache of the rows `rows` int32 `[M]`, in that order, repeats allowed; a copy."""
+        return self.map_rows(lambda x, axis: jnp.take(x, rows, axis=axis))
 
     @property
     @abc.abstractmethod

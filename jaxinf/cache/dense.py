@@ -2,71 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, attend_alone
-from pallas_kernels import cache_append, flash_attention, flash_decode
+from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, as_read, attend_alone, to_store
+from jaxinf.cache.kinds import Kind, empty
+from jaxinf.cache.store import Store
 from pallas_kernels.errors import UnsupportedError
-from pallas_kernels.stored import BFLOAT16_BITS, from_bits
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseCache(LayerCache):
-    """Token p of a row lives in slot p. `k, v [B, K, S, D]`, or `[L, B, K, S, D]` stacked; keys rotated."""
+    """Token p of a row lives in slot p."""
 
-    k: jax.Array
-    v: jax.Array
+    store: Store
 
     @classmethod
-    def zeros(cls, layers: int | None, batch: int, kv_heads: int, slots: int, head_dim: int, dtype) -> DenseCache:
-        lead = () if layers is None else (layers,)
-        # Two arrays, not one twice: donated buffers must differ.
-        return cls(*(jnp.zeros((*lead, batch, kv_heads, slots, head_dim), dtype) for _ in range(2)))
+    def zeros(
+        cls,
+        layers: int | None,
+        batch: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        dtype,
+        *,
+        kind: Kind | None = None,
+    ) -> DenseCache:
+        return cls(empty((layers, batch, kv_heads, slots, head_dim), dtype, kind))
 
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
         if step.zigzag:
             raise UnsupportedError(
                 "DenseCache holds whole rows, but the pass is split over sequence: make the cache under its mesh."
             )
-        q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
-        cache = self.append(k, v, step, layer)
         tokens = q.shape[2]
+        q, cache = rule.turn(q, step.positions), self.append(k, v, step, rule, layer)
+        options = dict(layer=layer, turn=rule.turn, **rule.mask)
         if step.fresh and tokens > 1:
-            out = attend_alone(q, k, v, step, rule)
+            out = attend_alone(q, *self.as_read(k, v, step, rule), step, rule)
         elif tokens <= DECODE_TOKENS:
-            out = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, **rule.mask)
+            out = cache.store.decode(q, step.starts + tokens, **options)
         else:
-            stored = cache.k, cache.v
-            options: dict[str, Any] = dict(q_offset=step.starts, lengths=step.totals, **rule.mask)
-            if cache.k.dtype == q.dtype:
-                out = flash_attention(q, *stored, layer=layer, **options)
-            else:
-                out = flash_attention(q, *(read_layer(x, layer, q.dtype) for x in stored), **options)
+            out = cache.store.attend(q, q_offset=step.starts, lengths=step.totals, **options)
         return out, cache
 
-    def append(self, k, v, step: Step, layer) -> DenseCache:
-        """Stores rotated keys and values."""
-        return DenseCache(
-            cache_append(self.k, k, layer, step.starts, counts=step.counts),
-            cache_append(self.v, v, layer, step.starts, counts=step.counts),
-        )
+    def as_read(self, k, v, step: Step, rule: AttentionRule) -> tuple[jax.Array, jax.Array]:
+        return as_read(self.store, k, v, step, rule)
+
+    def append(self, k, v, step: Step, rule: AttentionRule, layer) -> DenseCache:
+        k = to_store(self.store, k, step, rule)
+        return DenseCache(self.store.append(k, v, layer, step.starts, step.counts))
+
+    def map_rows(self, change) -> DenseCache:
+        return dataclasses.replace(self, store=self.store.map_rows(change))
 
     @property
     def append_limit(self) -> int | None:
-        return None
+        return self.store.append_limit
 
     @property
     def capacity(self) -> int | None:
-        return self.k.shape[-2]
-
-
-def read_layer(stored: jax.Array, layer, dtype) -> jax.Array:
-    """`[B, K, S, D]` in `dtype` of a cache that may be stacked and may hold the bits of bfloat16."""
-    if layer is not None:
-        stored = jax.lax.dynamic_index_in_dim(stored, layer, 0, keepdims=False)
-    return (from_bits(stored, jnp.bfloat16) if stored.dtype == BFLOAT16_BITS else stored).astype(dtype)
+        return self.store.slots

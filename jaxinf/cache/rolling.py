@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, attend_alone
-from jaxinf.cache.dense import read_layer
-from pallas_kernels import cache_append, flash_attention, flash_decode
+from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, as_read, attend_alone, to_store
+from jaxinf.cache.kinds import Kind, empty, ring_spare
+from jaxinf.cache.store import Store, after, read_layer
+from pallas_kernels import cache_append, flash_attention
 from pallas_kernels.merge import merge_partials
 from sharding import zigzag
 
@@ -23,12 +24,11 @@ class RollingCache(LayerCache):
     """The latest `window + max_append - 1` tokens of each row: token p lives in slot p mod S.
 
     Of S slots, `window` belong to a query; the others let the first of `max_append` appended tokens still
-    find its whole window, and let up to `max_append - 1` tokens be taken back. `k, v [B, K, S, D]` or
-    `[L, B, K, S, D]`; keys rotated to their absolute positions.
+    find its whole window, and let up to `max_append - 1` tokens be taken back. Keys have the angles of their
+    absolute positions.
     """
 
-    k: jax.Array
-    v: jax.Array
+    store: Store
     window: int = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -42,32 +42,34 @@ class RollingCache(LayerCache):
         dtype,
         *,
         max_append: int,
+        kind: Kind | None = None,
     ) -> RollingCache:
-        lead = () if layers is None else (layers,)
-        shape = (*lead, batch, kv_heads, window + max_append - 1, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), window)
+        slots = window + max_append - 1 + ring_spare(kind)
+        return cls(empty((layers, batch, kv_heads, slots, head_dim), dtype, kind), window)
 
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
-        q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
         out, cache, _ = self._attend(q, k, v, step, rule, layer)
         return out, cache
 
     def _attend(self, q, k, v, step: Step, rule: AttentionRule, layer) -> tuple[jax.Array, RollingCache, jax.Array]:
-        """`step` on rotated `q, k`: `(out, the cache after, log-sum-exp float32 [B, N, T])`."""
+        """`step`: `(out, the cache after, log-sum-exp float32 [B, N, T])`."""
         rule = dataclasses.replace(rule, window=min(self.window, rule.window or self.window))
         mask: dict[str, Any] = rule.mask | {"return_lse": True}
-        tokens, slots = q.shape[2], self.k.shape[-2]
+        tokens, slots = q.shape[2], self.store.slots
+        q = rule.turn(q, step.positions)
         if tokens <= min(DECODE_TOKENS, slots - self.window + 1) and not (step.fresh and tokens > 1):
-            cache = self.append(k, v, step, layer)
-            out, lse = flash_decode(q, cache.k, cache.v, step.starts + tokens, layer=layer, ring=True, **mask)
+            cache = self.append(k, v, step, rule, layer)
+            at = dict(layer=layer, ring=True, turn=rule.turn)
+            out, lse = cache.store.decode(q, step.starts + tokens, **at, **mask)
         elif step.fresh:
-            cache = self.append(k, v, step, layer)
-            out, lse = attend_alone(q, k, v, step, rule, return_lse=True)
+            cache = self.append(k, v, step, rule, layer)
+            out, lse = attend_alone(q, *self.as_read(k, v, step, rule), step, rule, return_lse=True)
         else:
             # Read before writing: a long chunk overwrites the window that its first queries look at.
             old = self.window - 1
-            kept = [self._latest(stored, step.starts, old, layer, q.dtype) for stored in (self.k, self.v)]
-            both = [jnp.concatenate([o, n], axis=2) for o, n in zip(kept, (k, v), strict=True)]
+            kept = self.store.latest(step.starts, old, layer=layer, dtype=q.dtype, turn=rule.turn)
+            new = self.as_read(k, v, step, rule)
+            both = [jnp.concatenate([o, n], axis=2) for o, n in zip(kept, new, strict=True)]
             # Key column c holds position starts - old + c; those before the row's first token are no tokens.
             absent = jnp.arange(old + tokens)[None] < (old - step.starts)[:, None]
             out, lse = flash_attention(
@@ -80,45 +82,34 @@ class RollingCache(LayerCache):
                 **mask,
             )
             written = dataclasses.replace(step, counts=after(step.totals - step.starts, out))
-            cache = self.append(k, v, written, layer)
+            cache = self.append(k, v, written, rule, layer)
         return out, cache, lse
 
-    def append(self, k, v, step: Step, layer) -> RollingCache:
-        """Stores rotated keys and values; of a pass that is split over chips, on each what it needs of all."""
+    def as_read(self, k, v, step: Step, rule: AttentionRule) -> tuple[jax.Array, jax.Array]:
+        return as_read(self.store, k, v, step, rule)
+
+    def append(self, k, v, step: Step, rule: AttentionRule, layer) -> RollingCache:
+        """Stores keys and values; of a pass that is split over chips, on each what it needs of all."""
         starts, counts = step.starts, step.counts
+        k = to_store(self.store, k, step, rule)
         if step.zigzag:
-            count = min(self.k.shape[-2], step.tokens)
+            count = min(self.store.slots, step.tokens)
             starts = jnp.maximum(step.totals - count, 0)
             counts = step.totals - starts
             k, v = (zigzag.take(x, starts[:, None] + jnp.arange(count), 2) for x in (k, v))
-        return dataclasses.replace(
-            self,
-            k=cache_append(self.k, k, layer, starts, counts=counts, ring=True),
-            v=cache_append(self.v, v, layer, starts, counts=counts, ring=True),
-        )
+        return dataclasses.replace(self, store=self.store.append(k, v, layer, starts, counts, ring=True))
 
-    def _latest(self, stored: jax.Array, starts: jax.Array, count: int, layer, dtype) -> jax.Array:
-        """The `count` tokens before `starts`, in order: `[B, K, count, D]`."""
-        index = (starts[:, None] - count + jnp.arange(count)) % stored.shape[-2]
-        return jnp.take_along_axis(read_layer(stored, layer, dtype), index[:, None, :, None], axis=2)
+    def map_rows(self, change) -> RollingCache:
+        return dataclasses.replace(self, store=self.store.map_rows(change))
 
     @property
     def append_limit(self) -> int | None:
-        return self.k.shape[-2] - self.window
+        limits = [n for n in (self.store.slots - self.window, self.store.append_limit) if n is not None]
+        return min(limits)
 
     @property
     def capacity(self) -> int | None:
         return None
-
-
-def after(x: jax.Array, result: jax.Array) -> jax.Array:
-    """The integers `x`, which XLA can only know once it has computed all of `result`.
-
-    A write that depends on them comes after the reads that `result` rests on. Without an order between them
-    XLA copies the cache, and an optimisation barrier does not last until it decides.
-    """
-    bits = jnp.sum(jax.lax.bitcast_convert_type(result.astype(jnp.float32), jnp.int32))
-    return x + (bits * bits & 2)  # squares are 0 or 1 modulo 4
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +122,7 @@ class SinkCache(LayerCache):
     its keys keep absolute angles; sinks are stored unrotated and turned at each step, with a query
     turned to its place in the cache. Until the first token leaves the window this is full attention, exactly.
 
-    sink_k, sink_v: `[B, K, sinks, D]` or `[L, B, K, sinks, D]`, keys unrotated.
+    sink_k, sink_v: `[B, K, sinks, D]` or `[L, B, K, sinks, D]`, floats whatever the window's kind, keys unrotated.
     """
 
     rolling: RollingCache
@@ -150,22 +141,17 @@ class SinkCache(LayerCache):
         *,
         sinks: int,
         max_append: int,
+        kind: Kind | None = None,
     ) -> SinkCache:
-        rolling = RollingCache.zeros(layers, batch, kv_heads, window, head_dim, dtype, max_append=max_append)
+        sizes = (layers, batch, kv_heads, window, head_dim)
+        rolling = RollingCache.zeros(*sizes, dtype, max_append=max_append, kind=kind)
         lead = () if layers is None else (layers,)
         shape = (*lead, batch, kv_heads, sinks, head_dim)
         return cls(rolling, jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
         window, sinks = self.rolling.window, self.sink_k.shape[-2]
-        out, rolling, lse = self.rolling._attend(
-            rule.turn(q, step.positions),
-            rule.turn(k, step.positions),
-            v,
-            step,
-            rule,
-            layer,
-        )
+        out, rolling, lse = self.rolling._attend(q, k, v, step, rule, layer)
         order = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (q.shape[0], sinks))
         counts = step.counts
         if step.zigzag:
@@ -199,6 +185,10 @@ class SinkCache(LayerCache):
             far_lse = far_lse + rule.alibi_slopes[None, :, None] * moved[:, None, :]
         merged, _ = merge_partials([(out, lse), (far, far_lse)])
         return merged, SinkCache(rolling, sink_k, sink_v)
+
+    def map_rows(self, change) -> SinkCache:
+        sinks = [change(x, x.ndim - 4) for x in (self.sink_k, self.sink_v)]
+        return SinkCache(self.rolling.map_rows(change), *sinks)
 
     @property
     def append_limit(self) -> int | None:

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, attend_alone
-from jaxinf.cache.dense import DenseCache, read_layer
+from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, as_read, attend_alone, to_store
+from jaxinf.cache.dense import DenseCache
+from jaxinf.cache.kinds import Kind, empty
 from jaxinf.cache.rolling import RollingCache
-from pallas_kernels import flash_attention, flash_decode
+from jaxinf.cache.store import Store
+from pallas_kernels import flash_attention
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.merge import add_partial
-from sharding import stripes
+from sharding import stripes, zigzag
 from sharding.collectives import index, size
 from sharding.groups import Group
 from sharding.sequence import add_sinks, finish, merge_chips
@@ -30,21 +32,29 @@ class SequenceSharded(LayerCache):
     the results merge by their log-sum-exps (Flash-Decoding, Dao et al. 2023, across chips). Everything follows from
     the rows' lengths, so tokens are taken back by lowering those.
 
-    store: `k, v [.., B, K, S / n, D]` on each chip; keys rotated.
+    store: of S / n slots on each chip.
     chips: n. group: chips of `tensor` that share a key head; each has its own query heads.
     """
 
-    store: DenseCache
+    store: Store
     chips: int = dataclasses.field(metadata=dict(static=True))
     group: int = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
     def zeros(
-        cls, layers: int | None, batch: int, kv_heads: int, slots: int, head_dim: int, dtype, *, group: int = 1
+        cls,
+        layers: int | None,
+        batch: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        dtype,
+        *,
+        group: int = 1,
+        kind: Kind | None = None,
     ) -> SequenceSharded:
         """For the mesh in context; `slots` are those of one chip."""
-        store = DenseCache.zeros(layers, batch, kv_heads, slots, head_dim, dtype)
-        return cls(store, size("sequence") * group, group)
+        return cls(empty((layers, batch, kv_heads, slots, head_dim), dtype, kind), size("sequence") * group, group)
 
     @property
     def _chip(self) -> jax.Array:
@@ -58,9 +68,10 @@ class SequenceSharded(LayerCache):
                 f"the cache was made for sequence={self.chips // self.group}, but the mesh has "
                 f"sequence={size('sequence')}: make it under the mesh that uses it."
             )
-        q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
-        cache = self.append(k, v, step, layer)
+        q, cache = rule.turn(q, step.positions), self.append(k, v, step, rule, layer)
         tokens = q.shape[2]
+        if tokens > 1:
+            k, v = self.as_read(k, v, step, rule)
         if step.fresh and tokens > 1:
             return attend_alone(q, k, v, step, rule), cache
         # One token alone finds itself in the cache. Several are not all on one chip, so the cache gives what came
@@ -76,7 +87,28 @@ class SequenceSharded(LayerCache):
             out = add_sinks(out, lse, rule.sinks)
         return out.astype(q.dtype), cache
 
-    def append(self, k, v, step: Step, layer) -> SequenceSharded:
+    def as_read(self, k, v, step: Step, rule: AttentionRule) -> tuple[jax.Array, jax.Array]:
+        if not self.store.grouped:
+            return as_read(self.store, k, v, step, rule)
+        if step.fresh:
+            k = self._rounded_stripes(k, step)
+        return rule.turn(k, step.positions), self.store.rounded_values(v)
+
+    def _rounded_stripes(self, k, step: Step) -> jax.Array:
+        """Keys of a pass that starts its rows, those of each chip rounded together."""
+        k = zigzag.whole(k, 2) if step.zigzag else k
+        batch, heads, tokens, dim = k.shape
+        chips = jnp.arange(self.chips)
+        each = jnp.pad(k, ((0, 0), (0, 0), (0, -tokens % self.chips), (0, 0)))
+        each = jnp.moveaxis(each.reshape(batch, heads, -1, self.chips, dim), 3, 0)
+        counts = stripes.slots(step.totals[None], chips[:, None], self.chips)
+        zeros = jnp.zeros((batch,), jnp.int32)
+        each = jax.vmap(lambda k, counts: self.store.rounded_keys(k, zeros, counts))(each, counts)
+        k = jnp.moveaxis(each, 0, 3).reshape(batch, heads, -1, dim)[:, :, :tokens]
+        return zigzag.share(k, 2) if step.zigzag else k
+
+    def append(self, k, v, step: Step, rule: AttentionRule, layer) -> SequenceSharded:
+        k = to_store(self.store, k, step, rule)
         chip, chips = self._chip, self.chips
         if step.zigzag:
             k, v = (stripes.from_zigzag(x) for x in (k, v))
@@ -87,8 +119,7 @@ class SequenceSharded(LayerCache):
         else:
             k, starts, counts = stripes.pick(k, step.starts, step.counts, chip, chips)
             v = stripes.pick(v, step.starts, step.counts, chip, chips)[0]
-        own = Step(starts[:, None] + jnp.arange(k.shape[2]), counts)
-        return dataclasses.replace(self, store=self.store.append(k, v, own, layer))
+        return dataclasses.replace(self, store=self.store.append(k, v, layer, starts, counts))
 
     def _held(self, q, held: jax.Array, step: Step, rule: AttentionRule, layer) -> tuple[jax.Array, jax.Array]:
         """What all query heads of the group see of the tokens before `held` that lie on this chip."""
@@ -98,20 +129,18 @@ class SequenceSharded(LayerCache):
         lengths = stripes.slots(held, chip, chips)
         slopes = None if rule.alibi_slopes is None else near.gather(rule.alibi_slopes, 0)
         mask: dict[str, Any] = dict(scale=rule.scale, softcap=rule.softcap, layer=layer, return_lse=True)
-        stored = self.store.k, self.store.v
+        mask["turn"] = lambda x, at: rule.turn(x, chips * at + chip)
         if tokens <= DECODE_TOKENS:
             # Tokens as heads: all of them see all of the slots.
             if slopes is not None:
                 mask["alibi_slopes"] = jnp.repeat(chips * slopes, tokens)
-            out, lse = flash_decode(q.reshape(batch, heads * tokens, 1, dim), *stored, lengths, **mask)
+            out, lse = self.store.decode(q.reshape(batch, heads * tokens, 1, dim), lengths, **mask)
             out, lse = out.reshape(batch, heads, tokens, -1), lse.reshape(batch, heads, tokens)
             query = lengths[:, None] - 1  # where that query stood, in slots
         else:
             if slopes is not None:
                 mask["alibi_slopes"] = chips * slopes
-            if self.store.k.dtype != q.dtype:
-                stored, mask["layer"] = [read_layer(x, layer, q.dtype) for x in stored], None
-            out, lse = flash_attention(q, *stored, causal=False, lengths=lengths, **mask)
+            out, lse = self.store.attend(q, causal=False, lengths=lengths, **mask)
             query = jnp.arange(tokens)[None]
         if slopes is not None:
             # Biases by distance came out as if the query stood in that slot, and not where it does.
@@ -130,13 +159,16 @@ class SequenceSharded(LayerCache):
         weight = jnp.exp(lse - safe)
         return finish(near.scatter(out * weight[..., None], 1), near.scatter(weight, 1), near.part(safe, 1))
 
+    def map_rows(self, change) -> SequenceSharded:
+        return dataclasses.replace(self, store=self.store.map_rows(change))
+
     @property
     def append_limit(self) -> int | None:
-        return None
+        return self.store.append_limit
 
     @property
     def capacity(self) -> int | None:
-        return self.store.k.shape[-2] * self.chips
+        return self.store.slots * self.chips
 
 
 @jax.tree_util.register_dataclass
@@ -155,18 +187,34 @@ class BatchSharded(LayerCache):
 
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
         near = Group(self.group)
-        q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
-        own_k, own_v = near.part(k, 0), near.part(v, 0)
         counts = None if step.counts is None else near.part(step.counts, 0)
         own = dataclasses.replace(step, positions=near.part(step.positions, 0), counts=counts)
+        if not self.rows.store.grouped:
+            q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
+            rule = dataclasses.replace(rule, rotate=None)
+        own_k, own_v = near.part(k, 0), near.part(v, 0)
         if step.fresh and step.tokens > 1:
             limits = [w for w in (rule.window, self.rows.window) if w is not None]
             alone = dataclasses.replace(rule, window=min(limits, default=None))
-            return attend_alone(q, k, v, step, alone), self._with(self.rows.append(own_k, own_v, own, layer))
+            k, v = self.rows.as_read(k, v, step, rule)
+            out = attend_alone(rule.turn(q, step.positions), k, v, step, alone)
+            return out, self._with(self.rows.append(own_k, own_v, own, self._of_rows(rule), layer))
         sinks, slopes = (None if x is None else near.gather(x, 0) for x in (rule.sinks, rule.alibi_slopes))
-        rule = dataclasses.replace(rule, rotate=None, sinks=sinks, alibi_slopes=slopes)
+        rule = dataclasses.replace(self._of_rows(rule), sinks=sinks, alibi_slopes=slopes)
         out, rows = self.rows.step(near.exchange(q, 0, 1), own_k, own_v, own, rule, layer=layer)
         return near.exchange(out, 1, 0), self._with(rows)
+
+    def _of_rows(self, rule: AttentionRule) -> AttentionRule:
+        """The rule for this chip's rows: a rotation may depend on the lengths of all of them."""
+        rotate, near = rule.rotate, Group(self.group)
+        if rotate is None:
+            return rule
+
+        def turn(x: jax.Array, at: jax.Array) -> jax.Array:
+            everyone = rotate(*(jnp.concatenate([part] * self.group) for part in (x, at)))
+            return near.part(everyone, 0)
+
+        return dataclasses.replace(rule, rotate=turn)
 
     def _with(self, rows: DenseCache | RollingCache | SequenceSharded) -> BatchSharded:
         return dataclasses.replace(self, rows=rows)
@@ -181,8 +229,7 @@ class BatchSharded(LayerCache):
             raise UnsupportedError(f"{rows.shape[0]} rows do not divide over groups of {self.group} chips.")
         wanted = near.part(rows, 0)
 
-        def one(x: jax.Array) -> jax.Array:
-            axis = x.ndim - 4
+        def one(x: jax.Array, axis: int) -> jax.Array:
             each = x.shape[axis]
             shape = [1] * x.ndim
             shape[axis] = -1
@@ -196,7 +243,10 @@ class BatchSharded(LayerCache):
             assert taken is not None
             return taken
 
-        return self._with(jax.tree.map(one, self.rows))
+        return self._with(self.rows.map_rows(one))
+
+    def map_rows(self, change) -> BatchSharded:
+        return self._with(self.rows.map_rows(change))
 
     @property
     def append_limit(self) -> int | None:

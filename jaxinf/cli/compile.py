@@ -7,7 +7,7 @@ import argparse
 from jaxinf.cli import output
 from jaxinf.cli.device import open_device
 from jaxinf.cli.generate import SAMPLING
-from jaxinf.cli.options import add_dtype, add_json, count, counts
+from jaxinf.cli.options import add_cache, add_dtype, add_json, count, counts
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -36,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=kind, metavar=metavar, help="as for generate: another program with it"
         )
+    add_cache(parser)
     parser.add_argument("--mesh", metavar="M", help='spread the model over devices: "tensor=4,data=2", or auto')
     parser.add_argument(
         "--portable",
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     folder = locate(args.model)
     open_device()
     lm = LM.from_pretrained(folder, dtype=args.dtype, mesh=args.mesh)
-    options = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in SAMPLING}
+    options = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in (*SAMPLING, "cache")}
     written = dict(overwrite=args.overwrite, portable=args.portable)
     programs = lm.save_programs(args.target, args.prompt, args.new, batch=args.batch, **written, **options)
     total = sum(program["bytes"] for program in programs)

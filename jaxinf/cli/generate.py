@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxinf.cli import interrupts, output
 from jaxinf.cli.device import open_device
-from jaxinf.cli.options import add_dtype, add_json
+from jaxinf.cli.options import add_cache, add_dtype, add_json
 
 if TYPE_CHECKING:
     from jaxinf.lm import LM, Completion
@@ -50,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=1, metavar="N", help="answers; more than one appear when done")
     parser.add_argument("--window", type=int, metavar="W", help="bound the memory: remember the latest W tokens")
     parser.add_argument("--sinks", type=int, metavar="S", help="and the first S (default with --window: 4)")
+    add_cache(parser)
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--mesh", metavar="M", help='spread the model over devices: "tensor=4,data=2", or auto')
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     open_device()
     lm = LM.from_pretrained(folder, dtype=args.dtype, mesh=args.mesh, programs=args.programs)
     given: Any = lm.chat_tokens([{"role": "user", "content": prompt}]) if args.chat else prompt
-    options = {name: getattr(args, name.replace("-", "_")) for name in ("seed", "stop", "window", "sinks")}
+    options = {name: getattr(args, name.replace("-", "_")) for name in ("seed", "stop", "window", "sinks", "cache")}
     options |= {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in SAMPLING}
     if args.n == 1 and not args.json:
         answers = [_stream(lm, given, args, prompt, options)]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 
 DTYPES = ("float32", "bfloat16", "float16")
+CACHES = ("int8", "fp8", "int4")
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of weights and activations (default: {default})")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache", choices=CACHES, help="keep keys and values in fewer bits (default: as --dtype)")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

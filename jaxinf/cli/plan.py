@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxinf.cli import output
-from jaxinf.cli.options import add_dtype, add_json, count
+from jaxinf.cli.options import add_cache, add_dtype, add_json, count
 
 if TYPE_CHECKING:
     from jaxinf.aot.plan import Plan, Terms, Use
@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantize", metavar="SCHEME", help="of the weights: int8, int4, w8a8, nf4, ...")
     add_dtype(parser, "the checkpoint's; bfloat16 for a preset")
-    parser.add_argument("--cache-dtype", choices=("bfloat16", "float32", "int8"), help="default: as --dtype")
+    add_cache(parser)
     parser.add_argument(
         "--price",
         action="append",
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         prompt=args.prompt or max(1, context // 2),
         dtype=args.dtype or found.dtype,
         quantize=args.quantize,
-        cache_dtype=args.cache_dtype,
+        cache=args.cache,
     )
     slices = args.compare.split(",") if args.compare else [args.tpu]
     made = plans.compare(
@@ -162,7 +162,8 @@ def _text(plan: Plan, prices: dict[str, float]) -> str:
 
 
 def _kind(plan: Plan) -> str:
-    return plan.case.quantize or plan.case.dtype
+    case = plan.case
+    return (case.quantize or case.dtype) + ("" if case.cache is None else f" (cache in {case.cache})")
 
 
 def _verdict(plan: Plan) -> str:

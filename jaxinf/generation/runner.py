@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinf.cache import Cache
+from jaxinf.cache import Cache, Kind
 from jaxinf.generation import buckets, loop
 from jaxinf.generation.sampling import Controls, Processor, SamplingParams
 from jaxinf.models import CausalLM
@@ -147,15 +147,24 @@ class Runner:
         return call
 
     def new_cache(
-        self, batch: int, tokens: int, *, limit=None, window: int | None = None, sinks: int = 0, max_append: int = 1
+        self,
+        batch: int,
+        tokens: int,
+        *,
+        limit: int | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+        max_append: int = 1,
+        kind: Kind | None = None,
     ) -> Cache:
         """An empty cache with room for `tokens` a row, rounded up to a bucket below `limit`.
 
-        With a `window`, memory is bounded whatever `tokens` is. A mesh's is that of the padded batch.
+        With a `window`, memory is bounded whatever `tokens` is. A mesh's is that of the padded batch. kind: as for
+        `CausalLM.init_cache`.
         """
         size = _NO_WINDOW_LIMIT if window is not None else buckets.capacity(tokens, limit)
         rows = -(-batch // self.row_ways)
-        made = (self.spec, rows, size, jnp.dtype(self.dtype).name, self.layout, max_append, window, sinks)
+        made = (self.spec, rows, size, jnp.dtype(self.dtype).name, self.layout, max_append, window, sinks, kind)
         return _empty_cache(self.mesh, *made)
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, *, fresh: bool) -> tuple[jax.Array, Cache]:
@@ -272,10 +281,10 @@ class Batch:
         return self.written
 
 
-@functools.partial(jax.jit, static_argnums=range(9))
-def _empty_cache(mesh, spec, batch, size, dtype, layout, max_append, window, sinks) -> Cache:
+@functools.partial(jax.jit, static_argnums=range(10))
+def _empty_cache(mesh, spec, batch, size, dtype, layout, max_append, window, sinks, kind) -> Cache:
     def make() -> Cache:
-        options = dict(max_append=max_append, window=window, sinks=sinks)
+        options: Any = dict(max_append=max_append, window=window, sinks=sinks, kind=kind)
         return init_cache(spec, batch, size, dtype=jnp.dtype(dtype), layout=layout, **options)
 
     return make() if mesh is None else program.over(mesh, make, (), OWN)()

@@ -13,7 +13,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from jaxinf.cache import Cache
+from jaxinf.cache import Cache, Kind
 from jaxinf.lm.request import Request
 from jaxinf.models import ModelSpec
 from pallas_kernels.errors import InputError
@@ -76,23 +76,25 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 class Conversation:
     """The cache of the latest conversation.
 
-    cache: of one row; tokens: what is in it. window, sinks: what it was made with.
+    cache: of one row; tokens: what is in it. window, sinks, kind: what it was made with.
     """
 
     cache: Cache
     tokens: list[int]
     window: int | None
     sinks: int
+    kind: Kind | None
 
-    def reusable(self, prompt: Sequence[int], new: int, window: int | None, sinks: int, settled: int | None) -> int:
-        """How many tokens of the cache a pass over `prompt` and `new` more can build on, 0: none.
+    def reusable(self, request: Request, settled: int | None) -> int:
+        """How many tokens of the cache a pass over the prompt and what it may add can build on, 0: none.
 
         The cache may be cut back to where both agree, unless a window has forgotten what lies before; one
         token at least is left for the pass. settled: the model's; beyond it keys have the angles of the pass that
         wrote them, which are not those of a pass over the whole.
         """
-        if (self.window, self.sinks) != (window, sinks):
+        if (self.window, self.sinks, self.kind) != (request.window, request.sinks, request.cache):
             return 0
+        prompt, new = request.prompts[0], request.limits[0]
         if settled is not None and max(len(self.tokens) + 1, len(prompt)) > settled:
             return 0
         same = 0
@@ -115,10 +117,7 @@ def turn(
 
     previous: its cache is used or given up. new_cache: of (tokens, max_append).
     """
-    prompt, window, sinks = request.prompts[0], request.window, request.sinks
-    keep = 0
-    if previous is not None:
-        keep = previous.reusable(prompt, request.limits[0], window, sinks, spec.settled)
+    keep = 0 if previous is None else previous.reusable(request, spec.settled)
     if previous is not None and keep:
         # On a mesh there are more lengths than the conversation's: those of rows that fill up the batch, too.
         return previous.cache.roll_back(jnp.minimum(previous.cache.lengths, keep)), keep

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinf import checkpoint
-from jaxinf.cache import Cache
+from jaxinf.cache import Cache, Kind, check_kind
 from jaxinf.generation import Processor, Runner
 from jaxinf.layers import ExpertChoice, MoESpec
 from jaxinf.lm import compilation_cache, fitting, programs_folder, scoring
@@ -54,6 +54,7 @@ class LM:
       context: tokens that a prompt and its answer may have together; None: what the model was made for.
       window, sinks: bound the memory of every generation to the latest `window` tokens and the first `sinks`
         (StreamingLLM, Xiao et al. 2024); see `generate`.
+      cache: "int8", "fp8" or "int4": what every generation keeps of its past in fewer bits; see `generate`.
       programs: a folder that `save_programs` wrote for this model, dtype, mesh and device. Where it does not fit,
         or a call has other sizes, a warning says so once and programs are compiled as ever. Its machine code is
         run, so it is to be trusted.
@@ -71,6 +72,7 @@ class LM:
         context: int | None = None,
         window: int | None = None,
         sinks: int | None = None,
+        cache: Kind | None = None,
         programs: str | Path | programs_folder.Opened | None = None,
     ):
         compilation_cache.enable()
@@ -86,7 +88,8 @@ class LM:
             )
         facts = Facts(spec, context_of(spec, context), tokenizer, Defaults.of(generation))
         window, sinks = window_of(facts, window, sinks)
-        self._facts = dataclasses.replace(facts, window=window, sinks=sinks)
+        check_kind("cache", cache)
+        self._facts = dataclasses.replace(facts, window=window, sinks=sinks, cache=cache)
         self._run(model, programs_folder.user(programs, model))
 
     def _run(self, model: CausalLM, programs: programs_folder.User = programs_folder.none) -> None:
@@ -105,6 +108,7 @@ class LM:
         context: int | None = None,
         window: int | None = None,
         sinks: int | None = None,
+        cache: Kind | None = None,
         revision: str | None = None,
         mesh: str | Mapping[str, int] | Mesh | None = None,
         programs: str | Path | None = None,
@@ -114,7 +118,7 @@ class LM:
         Args:
           dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
           layout: "list" or "stacked"; None: what suits the device.
-          context, window, sinks, programs: as for the class.
+          context, window, sinks, cache, programs: as for the class.
           revision: branch, tag or commit on the Hub.
           mesh: spread the model over a mesh of devices, as `shard` does; each process then reads what its devices
             hold.
@@ -125,6 +129,7 @@ class LM:
           CheckpointError: the files are missing, corrupt or not understood.
         """
         compilation_cache.enable()
+        check_kind("cache", cache)
         found = None if programs is None else programs_folder.opened(programs)
         folder = locate(name, revision)
         fitting.check(folder, dtype=dtype, mesh=mesh)
@@ -134,7 +139,7 @@ class LM:
             if generation.get(key) is None and loaded.config.get(key) is not None:
                 generation[key] = loaded.config[key]
         tokenizer = Tokenizer.from_folder(loaded.folder)
-        more: dict[str, Any] = dict(window=window, sinks=sinks, programs=found)
+        more: dict[str, Any] = dict(window=window, sinks=sinks, cache=cache, programs=found)
         return cls(loaded.model, tokenizer, generation, context=context, **more)
 
     def shard(self, mesh: str | Mapping[str, int] | Mesh) -> LM:
@@ -243,6 +248,7 @@ class LM:
         eos: int | Sequence[int] | None = None,
         window: int | None = None,
         sinks: int | None = None,
+        cache: Kind | None = None,
     ) -> Any:
         """Continues prompts. Rows of different lengths give the tokens that they give alone, up to rounding.
 
@@ -263,6 +269,8 @@ class LM:
           eos: ids that end an answer instead of the model's own; (): none.
           window, sinks: remember the latest `window` tokens and the first `sinks` (default 4) alone, where the
             model's layers would remember all. Then prompt and answer may be longer than the context.
+          cache: "int8", "fp8" or "int4": keep keys and values in fewer bits, which changes answers a little
+            (docs/quantization.md says by how much); None: as the model was loaded.
 
         Returns:
           A `Completion` for one prompt, a list of them for several. On Ctrl-C, what was written until then.
@@ -288,6 +296,7 @@ class LM:
             eos=eos,
             window=window,
             sinks=sinks,
+            cache=cache,
         )
         done = Job(request, self.tokenizer, lambda: self._begin(request)).finish()
         if request.samples > 1:
@@ -347,16 +356,16 @@ class LM:
         tokens = self.chat_tokens(messages, **(template_options or {}))
         request = make_request(self._facts, tokens, max_new_tokens, **options)
         only_one(request)
-        window, sinks = request.window, request.sinks
+        window, sinks, kind = request.window, request.sinks, request.cache
 
         def new_cache(tokens: int, max_append: int) -> Cache:
             room = max(tokens, min(2 * tokens, self.context))
-            return self._cache(1, room, window, sinks, max_append=max_append)
+            return self._cache(1, room, window, sinks, kind, max_append=max_append)
 
         def keep(job: Job) -> None:
             if job.batch is not None and job.batch.state is not None:
                 held = request.prompts[0] + job.emitted[0][:-1]
-                self._conversation = Conversation(job.batch.state.cache, held, window, sinks)
+                self._conversation = Conversation(job.batch.state.cache, held, window, sinks, kind)
 
         previous, self._conversation = self._conversation, None
         cache, cached = turn(previous, request, self.spec, new_cache)
@@ -403,7 +412,7 @@ class LM:
         if window is None:
             logprobs = self._score.windowed(ids[0], self.context, stride, padded=not self._sees_padding)
         else:
-            cache = self._cache(1, len(ids[0]), window, sinks)
+            cache = self._cache(1, len(ids[0]), window, sinks, self._facts.cache)
             logprobs = self._score.streamed(ids[0], cache)
         size = len(text.encode()) if isinstance(text, str) else None
         bos = None if self.tokenizer is None else self.tokenizer.bos_id
@@ -473,7 +482,7 @@ class LM:
         prompts = request.prompts
         if cache is None:
             rows = len(prompts) * (request.samples if self.mesh is not None else 1)
-            cache = self._cache(rows, request.tokens, request.window, request.sinks)
+            cache = self._cache(rows, request.tokens, request.window, request.sinks, request.cache)
         return self._runner.begin(
             [p[cached:] for p in prompts],
             cache,
@@ -487,10 +496,11 @@ class LM:
             cached=[p[:cached] for p in prompts] if cached else None,
         )
 
-    def _cache(self, batch: int, tokens: int, window: int | None, sinks: int, max_append: int = 1) -> Cache:
-        return self._runner.new_cache(
-            batch, tokens, limit=self.context, window=window, sinks=sinks, max_append=max_append
-        )
+    def _cache(
+        self, batch: int, tokens: int, window: int | None, sinks: int, kind: Kind | None, max_append: int = 1
+    ) -> Cache:
+        options: Any = dict(window=window, sinks=sinks, kind=kind, max_append=max_append)
+        return self._runner.new_cache(batch, tokens, limit=self.context, **options)
 
     @property
     def _sees_padding(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from jaxinf.cache import Kind, check_kind
 from jaxinf.generation import Processor, SamplingParams
 from jaxinf.lm.defaults import Defaults
 from jaxinf.lm.tokenizer import Tokenizer
@@ -36,13 +37,14 @@ class Options(TypedDict, total=False):
     eos: int | Sequence[int] | None
     window: int | None
     sinks: int | None
+    cache: Kind | None
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a request is checked against.
 
-    context: tokens that a prompt and its answer may have together. defaults, window, sinks: of every
+    context: tokens that a prompt and its answer may have together. defaults, window, sinks, cache: of every
       generation, unless the call says otherwise.
     """
 
@@ -52,6 +54,7 @@ class Facts:
     defaults: Defaults = Defaults()
     window: int | None = None
     sinks: int = 0
+    cache: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Request:
     processors: tuple[Processor, ...]
     window: int | None
     sinks: int
+    cache: Kind | None
 
     @property
     def tokens(self) -> int:
@@ -100,6 +104,7 @@ def make_request(
     eos: int | Sequence[int] | None = None,
     window: int | None = None,
     sinks: int | None = None,
+    cache: Kind | None = None,
 ) -> Request:
     """See `LM.generate`.
 
@@ -108,6 +113,7 @@ def make_request(
     """
     ids, single = token_lists(facts, prompts)
     window, sinks = window_of(facts, window, sinks)
+    check_kind("cache", cache)
     n = whole_number("n", n, least=1)
     if max_new_tokens is None:
         limits = [facts.defaults.limit(len(prompt)) for prompt in ids]
@@ -158,6 +164,7 @@ def make_request(
         processors=_processors(processors),
         window=window,
         sinks=sinks,
+        cache=facts.cache if cache is None else cache,
     )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinf.cache import Cache, LayerCache, Step, layer_cache
+from jaxinf.cache import Cache, Kind, LayerCache, Step, check_kind, layer_cache
 from jaxinf.core.stacked import Stacked
 from jaxinf.layers import Block, Embedding, LayerSpec, Linear
 from jaxinf.layers.parameters import is_in_place
@@ -210,6 +210,7 @@ class CausalLM(nnx.Module):
         max_append: int = 1,
         window: int | None = None,
         sinks: int = 0,
+        kind: Kind | None = None,
     ) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens.
 
@@ -221,9 +222,10 @@ class CausalLM(nnx.Module):
           max_append: tokens that one pass may append and then take back (1 for plain decoding).
           window, sinks: bound the memory of layers that see everything to the latest `window` tokens and the
             first `sinks` (StreamingLLM).
+          kind: "int8", "fp8" or "int4": keys and values in fewer bits (docs/quantization.md); None: in `dtype`.
 
         Raises:
-          InputError: sizes below 1, or `sinks` without `window`.
+          InputError: sizes below 1, `sinks` without `window`, or no such kind.
         """
         return init_cache(
             self.spec,
@@ -234,6 +236,7 @@ class CausalLM(nnx.Module):
             max_append=max_append,
             window=window,
             sinks=sinks,
+            kind=kind,
         )
 
 
@@ -247,6 +250,7 @@ def init_cache(
     max_append: int = 1,
     window: int | None = None,
     sinks: int = 0,
+    kind: Kind | None = None,
 ) -> Cache:
     """See `CausalLM.init_cache`."""
     for name, value in dict(batch=batch, capacity=capacity, max_append=max_append).items():
@@ -256,6 +260,7 @@ def init_cache(
         raise InputError(f"sinks={sinks} must be at least 0 and needs a window (window={window})")
     if window is not None and window < 1:
         raise InputError(f"window={window} must be at least 1, or None")
+    check_kind("kind", kind)
 
     dtype = storage_dtype(dtype, chips.platform())
 
@@ -273,6 +278,7 @@ def init_cache(
             window=a.window,
             bound=window,
             sinks=0 if a.window is not None else sinks,
+            kind=kind,
         )
 
     def segment(i: int, s: SegmentSpec) -> tuple[LayerCache, ...]:

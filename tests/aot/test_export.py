@@ -17,7 +17,7 @@ from tiny_models import model, spec
 
 from jaxinf import LM
 from jaxinf.aot import executables, export, trees
-from jaxinf.cache import Cache, DenseCache
+from jaxinf.cache import Cache, DenseCache, Floats
 from jaxinf.quant import QTensor
 from pallas_kernels.errors import CheckpointError, InputError, UnsupportedError
 
@@ -205,7 +205,7 @@ def test_programs_are_replaced_if_asked(copy: Path) -> None:
 
 
 def test_structures_survive_as_json() -> None:
-    cache = DenseCache(1, 2)
+    cache = DenseCache(Floats(1, 2))
     tree = jax.tree.structure(((Cache(((cache,), (cache, cache)), 3), None), [QTensor(1, 2)], {"b": 1, "a": (2,)}))
     assert trees.from_json(json.loads(json.dumps(trees.to_json(tree)))) == tree
 

@@ -1,6 +1,7 @@
 """Caches that several chips hold, against one chip's."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -14,10 +15,13 @@ from jaxinf.cache import (
     AttentionRule,
     BatchSharded,
     DenseCache,
+    Floats,
     RollingCache,
     SequenceSharded,
     SinkCache,
     Step,
+    grouped,
+    kinds,
     kv_placement,
     layer_cache,
 )
@@ -97,6 +101,12 @@ def walk(sizes, make, rule, layer=None, dtype=np.float32, back=None):
 _on_one_chip = {}
 
 
+@functools.cache
+def plain_of(make, kind):
+    """One function for each kind: answers on one chip are kept by it."""
+    return partial(make, kind=kind)
+
+
 def same(sizes, make, plain, rule, atol=1e-5, **options):
     key = plain, rule, str(options)
     if key not in _on_one_chip:
@@ -106,12 +116,12 @@ def same(sizes, make, plain, rule, atol=1e-5, **options):
         np.testing.assert_allclose(out, want, atol=atol)
 
 
-def dense(layers=None, dtype=jnp.float32):
-    return DenseCache.zeros(layers, BATCH, KV_HEADS, CAPACITY, DIM, dtype)
+def dense(layers=None, dtype=jnp.float32, **kind):
+    return DenseCache.zeros(layers, BATCH, KV_HEADS, CAPACITY, DIM, dtype, **kind)
 
 
-def striped(chips, kv_heads=KV_HEADS, layers=None, batch=BATCH, dtype=jnp.float32, group=1):
-    return SequenceSharded.zeros(layers, batch, kv_heads, CAPACITY // chips, DIM, dtype, group=group)
+def striped(chips, kv_heads=KV_HEADS, layers=None, batch=BATCH, dtype=jnp.float32, **more):
+    return SequenceSharded.zeros(layers, batch, kv_heads, CAPACITY // chips, DIM, dtype, **more)
 
 
 @pytest.mark.parametrize(("chips", "rule"), [(2, "biased"), (4, "plain"), (8, "biased")])
@@ -151,8 +161,8 @@ def test_rows_over_chips_that_share_a_head(sizes: dict, rule: str) -> None:
     same(sizes, make, dense, rule)
 
 
-def rolling(batch=BATCH, kv_heads=KV_HEADS):
-    return RollingCache.zeros(None, batch, kv_heads, WINDOW, DIM, jnp.float32, max_append=5)
+def rolling(batch=BATCH, kv_heads=KV_HEADS, **kind):
+    return RollingCache.zeros(None, batch, kv_heads, WINDOW, DIM, jnp.float32, max_append=5, **kind)
 
 
 @pytest.mark.parametrize("sizes", [dict(sequence=2), dict(sequence=8), dict(sequence=2, tensor=4)], ids=str)
@@ -166,13 +176,75 @@ def test_windows_whole_on_every_chip(sizes: dict) -> None:
     same(sizes, make, rolling, "window", back=back)
 
 
-def with_sinks():
-    return SinkCache.zeros(None, BATCH, KV_HEADS, WINDOW, DIM, jnp.float32, sinks=3, max_append=5)
+def with_sinks(**kind):
+    return SinkCache.zeros(None, BATCH, KV_HEADS, WINDOW, DIM, jnp.float32, sinks=3, max_append=5, **kind)
 
 
 @pytest.mark.parametrize(("chips", "rule"), [(2, "plain"), (8, "without_sinks")])
 def test_attention_sinks_on_every_chip(chips: int, rule: str) -> None:
     same(dict(sequence=chips), with_sinks, with_sinks, rule, back={})
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Rows of int4 keys reach over several groups."""
+    for where in (grouped, kinds):
+        monkeypatch.setattr(where, "GROUP", 8)
+        monkeypatch.setattr(where, "RECENT", 32)
+
+
+SLOW = pytest.mark.slow
+EIGHT_BITS = [(dict(sequence=4), "int8"), pytest.param(dict(tensor=4, sequence=2), "fp8", marks=SLOW)]
+
+
+@pytest.mark.parametrize(("sizes", "kind"), EIGHT_BITS, ids=str)
+def test_eight_bits_over_chips(sizes: dict, kind: str) -> None:
+    """Tokens are rounded one by one, wherever they lie."""
+    group = max(1, sizes.get("tensor", 1) // KV_HEADS)
+    chips = group * sizes["sequence"]
+    make = partial(striped, chips, kv_heads=KV_HEADS // group, group=group, kind=kind)
+    same(sizes, make, plain_of(dense, kind), "plain")
+
+
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=SLOW), "int4"])
+def test_narrow_rows_over_chips_that_share_a_head(kind: str, small_groups) -> None:
+    def make():
+        one = DenseCache.zeros(None, BATCH // 2, 1, CAPACITY, DIM, jnp.float32, kind=kind)
+        return BatchSharded(one, 2)
+
+    same(dict(tensor=4), make, plain_of(dense, kind), "plain", back={2: [18, 6, 23, 1]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [pytest.param("int8", dict(sequence=2, tensor=4), marks=SLOW), ("int4", dict(sequence=2))]
+)
+def test_narrow_windows_whole_on_every_chip(kind: str, sizes: dict, small_groups) -> None:
+    group = max(1, sizes.get("tensor", 1) // KV_HEADS)
+
+    def make():
+        if group == 1:
+            return rolling(kind=kind)
+        return BatchSharded(rolling(BATCH // group, 1, kind=kind), group)
+
+    same(sizes, make, plain_of(rolling, kind), "window", back={2: [21, 6, 24, 2]})
+
+
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=SLOW), "int4"])
+def test_narrow_attention_sinks_on_every_chip(kind: str, small_groups) -> None:
+    make = plain_of(with_sinks, kind)
+    same(dict(sequence=2), make, make, "plain", back={})
+
+
+@pytest.mark.slow
+def test_int4_over_chips_is_near(small_groups) -> None:
+    """Groups are of each chip's own tokens, so not those of one chip; scores of normal numbers move by little."""
+    floats = list(walk({}, dense, "plain", back={}))
+    for (out, real), (want, _) in zip(
+        walk(dict(sequence=2), partial(striped, 2, kind="int4"), "plain", back={}), floats, strict=True
+    ):
+        far = np.abs(np.where(real[:, None, :, None], out - want, 0))
+        assert 1e-4 < far.max() < 1.0
+        assert far[far > 0].mean() < 0.15
 
 
 def test_rows_taken_from_other_chips() -> None:
@@ -181,15 +253,20 @@ def test_rows_taken_from_other_chips() -> None:
     whole = np.arange(8 * 3 * DIM, dtype=np.float32).reshape(8, 1, 3, DIM)
 
     def taken(x):
-        cache = BatchSharded(DenseCache(part(x, "tensor", 0), part(-x, "tensor", 0)), 4)
-        return cache.take(rows).rows.k, cache.take(rows).rows.v
+        cache = BatchSharded(DenseCache(Floats(part(x, "tensor", 0), part(-x, "tensor", 0))), 4)
+        return cache.take(rows).rows.store.k, cache.take(rows).rows.store.v
 
     k, v = over(mesh(tensor=4), taken, (P(),), P("tensor"))(whole)
     np.testing.assert_array_equal(k, whole[np.asarray(rows)])
     np.testing.assert_array_equal(v, -whole[np.asarray(rows)])
 
     with pytest.raises(UnsupportedError, match="3 rows"):
-        over(mesh(tensor=4), lambda x: BatchSharded(DenseCache(x, x), 4).take(rows[:3]).rows.k, (P(),), P())(whole)
+        over(
+            mesh(tensor=4),
+            lambda x: BatchSharded(DenseCache(Floats(x, x)), 4).take(rows[:3]).rows.store.k,
+            (P(),),
+            P(),
+        )(whole)
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -205,7 +282,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="RollingCache"):
         run(dict(sequence=2), two, AttentionRule(window=3))
     with pytest.raises(UnsupportedError, match="DenseCache holds whole rows"):
-        run(dict(sequence=2), DenseCache(x, x), step=dataclasses.replace(step, zigzag=True))
+        run(dict(sequence=2), DenseCache(Floats(x, x)), step=dataclasses.replace(step, zigzag=True))
 
 
 def test_placement_is_picked_by_bytes() -> None:

@@ -20,14 +20,14 @@ def test_as_many_as_needed():
     window, whole = layers(max_append=3)
     assert isinstance(window, RollingCache)
     assert isinstance(whole, DenseCache)
-    assert window.k.shape[-2] == 5 + 3 - 1
-    assert whole.k.shape[-2] == 700
+    assert window.store.k.shape[-2] == 5 + 3 - 1
+    assert whole.store.k.shape[-2] == 700
 
 
 @pytest.mark.parametrize("max_append", [1, 124, 125])
 def test_whole_tiles_for_a_tpu(monkeypatch, max_append):
     monkeypatch.setattr("pallas_kernels.chips.platform", lambda: "tpu")
     window, whole = layers(max_append=max_append)
-    assert window.k.shape[-2] == (128 if max_append <= 124 else 256)
+    assert window.store.k.shape[-2] == (128 if max_append <= 124 else 256)
     assert window.append_limit >= max_append - 1
-    assert whole.k.shape[-2] == 768
+    assert whole.store.k.shape[-2] == 768

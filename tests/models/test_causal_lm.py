@@ -139,7 +139,7 @@ def test_windows_bound_the_memory():
     kinds = [type(c) for c in cache.layers[0]]
     assert kinds.count(RollingCache) == 4
     rolling = next(c for c in cache.layers[0] if isinstance(c, RollingCache))
-    assert rolling.k.shape == (2, 2, 5 + 4 - 1, 8)
+    assert rolling.store.k.shape == (2, 2, 5 + 4 - 1, 8)
     assert cache.capacity == 1000
     assert cache.append_limit == 3
     full = 2 * 2 * 1000 * 8 * 4 * 2

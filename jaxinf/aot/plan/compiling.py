@@ -101,6 +101,7 @@ def _job(case: Case, where: Slice, sizes: Sizes, part: str) -> Job:
         capacity=case.context,
         dtype=case.dtype,
         quantize=case.quantize,
+        cache=case.cache,
     )
     if part == "decode":
         arguments["held"] = case.context - 1

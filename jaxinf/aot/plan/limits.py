@@ -10,6 +10,7 @@ from jaxinf.aot.plan import arithmetic
 from jaxinf.aot.plan import sizes as parts
 from jaxinf.aot.plan.types import Case, PerChip, Sizes
 from jaxinf.aot.slices import Slice, find, named
+from jaxinf.cache import check_kind
 from pallas_kernels import chips
 from pallas_kernels.errors import InputError
 
@@ -71,6 +72,10 @@ def remedy(case: Case, where: Slice, sizes: Sizes, known: tuple[Case, PerChip] |
             if any(fits(narrow, where, each) for each in arithmetic.all_meshes(narrow, where)):
                 ideas.append(f"--quantize {scheme}")
                 break
+    if case.cache is None:
+        narrow = dataclasses.replace(case, cache="int8")
+        if any(fits(narrow, where, each) for each in arithmetic.all_meshes(narrow, where)):
+            ideas.append("--cache int8")
     bigger = smallest_slice(case, where)
     if bigger is not None:
         ideas.append(f"--tpu {bigger.name}")
@@ -112,7 +117,8 @@ def positive(case: Case) -> None:
     """Whether the sizes that are asked for make sense.
 
     Raises:
-      InputError: a size below 1, a prompt longer than the context, a context longer than the model's.
+      InputError: a size below 1, a prompt longer than the context, a context longer than the model's,
+        a kind of weights or cache that there is not.
     """
     for name in ("batch", "context", "prompt"):
         if getattr(case, name) < 1:
@@ -125,3 +131,4 @@ def positive(case: Case) -> None:
         )
     if case.quantize is not None and case.quantize not in compression.SCHEMES:
         raise InputError(f"quantize={case.quantize!r} must be None or one of {', '.join(compression.SCHEMES)}")
+    check_kind("cache", case.cache)

@@ -49,8 +49,6 @@ def plan(
     if compiled:
         topology.compiler()
     ask = topology.available() if compiled is None else compiled
-    if ask and case.cache_dtype not in (None, case.dtype):
-        ask = False  # no program has such a cache yet
     if mesh == "auto":
         candidates = ranking.ranked(case, where)
     else:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxinf import compression
 from jaxinf.aot.plan.types import Case, Sizes
+from jaxinf.cache import row_bytes, slot_bytes
 from jaxinf.cache.choice import kv_placement
 from jaxinf.checkpoint.parameters import abstract
 from jaxinf.layers import AttentionSpec, ExpertChoice, LayerSpec, MoESpec, TokenChoice
@@ -140,6 +141,7 @@ def shared(case: Case, attention: AttentionSpec, sizes: Sizes) -> tuple[str, int
         tensor=tensor,
         itemsize=jnp.dtype(case.dtype).itemsize,
         striped=full,
+        slot=slot_bytes(case.cache, attention.head_dim, case.dtype),
     )
     return placement, max(1, tensor // attention.kv_heads)
 
@@ -170,10 +172,7 @@ def read(case: Case, attention: AttentionSpec, context: float, sizes: Sizes) -> 
 def entry(case: Case, attention: AttentionSpec, sizes: Sizes) -> float:
     """Bytes of a token's key and value in one layer on a device."""
     _, kv = heads(attention, sizes)
-    dtype = case.cache_dtype or case.dtype
-    item = 1 if dtype == "int8" else jnp.dtype(dtype).itemsize
-    scales = SCALE if dtype == "int8" else 0
-    return 2.0 * kv * (attention.head_dim * item + scales)
+    return 2.0 * kv * slot_bytes(case.cache, attention.head_dim, case.dtype)
 
 
 def stage(spec: ModelSpec, sizes: Sizes) -> Iterator[tuple[LayerSpec, float]]:
@@ -190,6 +189,8 @@ def cache_bytes(case: Case, sizes: Sizes) -> int:
     for layer, count in stage(case.spec, sizes):
         kept, slots = held(case, layer.attention, sizes)
         total += count * kept * slots * entry(case, layer.attention, sizes)
+        _, kv = heads(layer.attention, sizes)
+        total += count * kept * kv * row_bytes(case.cache, layer.attention.head_dim, case.dtype)
     return math.ceil(total)
 
 

@@ -21,9 +21,9 @@ class Case:
       batch: rows.
       context: tokens a row that the cache has room for; a decode step is timed with all of them there.
       prompt: tokens of each row's prompt.
-      dtype: of weights, activations and the cache.
+      dtype: of weights, activations and, unless it is of a kind with fewer bits, the cache.
       quantize: None, or a scheme of `jaxinf.compression.quantize` for the linear weights, such as "int8".
-      cache_dtype: of keys and values; None: `dtype`. "int8" has a float32 scale for each token and head.
+      cache: "int8", "fp8" or "int4": keys and values in fewer bits; None: in `dtype`.
     """
 
     model: str
@@ -33,7 +33,7 @@ class Case:
     prompt: int
     dtype: str = "bfloat16"
     quantize: str | None = None
-    cache_dtype: str | None = None
+    cache: str | None = None
 
 
 @dataclass(frozen=True)

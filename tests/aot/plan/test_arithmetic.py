@@ -73,7 +73,7 @@ def test_windows_keep_their_tokens_alone() -> None:
 
 
 def test_an_int8_cache_has_scales() -> None:
-    made = case(cache_dtype="int8")
+    made = case(cache="int8")
     attention = next(iter(made.spec.layers())).attention
     assert sizes.entry(made, attention, {}) == 2 * 2 * (64 + 4)
 
