@@ -47,7 +47,7 @@ def written_beside(folder: Path, *, overwrite: bool, sign: str = CONFIG) -> Iter
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
         scratch.chmod(0o777 & ~_umask())
         yield scratch
-        _rename(scratch, folder)
+        put_in_place(scratch, folder)
     except OSError as e:
         why = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else (e.strerror or str(e))
         raise CheckpointError(f"cannot write {folder}: {why}; nothing was left behind") from e
@@ -75,7 +75,8 @@ def _check_target(folder: Path, overwrite: bool, sign: str) -> None:
         raise CheckpointError(f"{folder} is no {what} (no {sign}), so it is not replaced; give another name")
 
 
-def _rename(scratch: Path, folder: Path) -> None:
+def put_in_place(scratch: Path, folder: Path) -> None:
+    """Gives a finished folder its name; one that had it is gone then."""
     if not folder.exists():
         os.rename(scratch, folder)
         return

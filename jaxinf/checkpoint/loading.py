@@ -21,7 +21,7 @@ from jaxinf.checkpoint.orbax import OrbaxTensors, open_orbax
 from jaxinf.checkpoint.packing import Unpacked
 from jaxinf.checkpoint.parameters import Planned, abstract, fill, planned
 from jaxinf.checkpoint.progress import shown
-from jaxinf.checkpoint.quantization import Quantization, as_stored
+from jaxinf.checkpoint.quantization import FORMAT_OF, Quantization, as_stored
 from jaxinf.checkpoint.quantization import read as read_quantization
 from jaxinf.checkpoint.restoring import restore_all
 from jaxinf.checkpoint.rounding import Rounding, Rules, rounded
@@ -168,16 +168,23 @@ class Opened:
             model = as_stored(model, self.tensors, self.names.source, self.quantization, at)
         return model, planned(model, self.tensors, self.names.source, ignorable=self.names.ignorable, at=at)
 
+    def check_plain(self) -> None:
+        """
+        Raises:
+          InputError: it is quantised already.
+        """
+        if self.quantization is not None:
+            raise InputError(
+                f"{self.folder} is quantised already ({self.quantization.scheme}); give the original, or no scheme"
+            )
+
     def plan_rounded(self, dtype, layout: Layout, rules: Rules) -> tuple[CausalLM, list[Planned]]:
         """The same with matrices rounded while they are read.
 
         Raises:
           InputError: they are quantised already, or as `rounded`.
         """
-        if self.quantization is not None:
-            raise InputError(
-                f"{self.folder} is quantised already ({self.quantization.scheme}); give the original, or no scheme"
-            )
+        self.check_plain()
         return rounded(*self.plan(dtype, layout), rules)
 
 
@@ -220,6 +227,15 @@ def stored_dtype(config: dict[str, Any], tensors: Tensors) -> jnp.dtype:
         sizes[str(info.dtype)] = sizes.get(str(info.dtype), 0) + info.nbytes
     most = max(sizes, key=sizes.__getitem__, default="float32")
     return jnp.dtype(most if most in DTYPES else "float32")
+
+
+def stored_format(config: dict[str, Any]) -> str | None:
+    """The format of `jaxinf.quant.FORMATS` whose bytes quantised matrices take, about; None: they are not."""
+    if config.get("model_type") == own.MODEL_TYPE:
+        found = config.get("quantization")
+        scheme = found.get("scheme") if isinstance(found, dict) else None
+        return None if scheme is None else FORMAT_OF.get(scheme, scheme)
+    return published.stored_format(config)
 
 
 def as_dtype(given: Any, at: str) -> jnp.dtype:

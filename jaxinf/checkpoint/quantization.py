@@ -22,6 +22,12 @@ VERSION = 1
 KEY = "quantization"
 METHODS = ("w8a8", "llm-int8", "smoothquant", "awq", "gptq", "qat", "b1.58", "mixed")
 """Schemes beside the formats. "mixed": several formats in one model."""
+FORMAT_OF = {
+    **dict.fromkeys(("w8a8", "llm-int8", "smoothquant", "mixed"), "int8"),
+    **dict.fromkeys(("awq", "gptq", "qat"), "int4"),
+    "b1.58": "ternary",
+}
+"""The format that a method rounds to, where it does not say which."""
 KNOWN = (*FORMATS, *METHODS)
 
 

@@ -24,6 +24,7 @@ from sharding.placement import Index, Read
 
 SCHEMES = (*FORMATS, "w8a8")
 """What needs no text to look at: every format, and int8 with inputs rounded to bytes."""
+CALIBRATED = ("smoothquant", "llm-int8", "awq", "gptq")
 _BLOCK = 1 << 22
 """Entries of a matrix that are rounded at a time, where its columns are independent."""
 _KEPT = 1 << 27
@@ -48,6 +49,12 @@ class Rounding:
         Raises:
           InputError: an unknown scheme; lists those that there are.
         """
+        if scheme in CALIBRATED:
+            raise InputError(
+                f"quantize={scheme!r} is calibrated with text, so it is not done while loading: load what "
+                f"`jaxinf quantize SRC DST --scheme {scheme} --calibration FILE` writes, or take one of "
+                f"{', '.join(SCHEMES)}"
+            )
         if scheme not in SCHEMES:
             raise InputError(f"quantize={scheme!r} must be one of {', '.join(SCHEMES)}")
         return cls("int8", activations="int8") if scheme == "w8a8" else cls(scheme)

@@ -126,6 +126,15 @@ def open_tensors(folder: Path) -> Tensors:
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")
 
 
+def open_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file.
+
+    Raises:
+      CheckpointError: it is truncated or corrupt.
+    """
+    return MappedTensors(_header(path))
+
+
 def _indexed(folder: Path) -> dict[str, TensorInfo]:
     path = folder / INDEX
     try:
@@ -203,21 +212,26 @@ def write(
       progress: called after each tensor with the bytes written and the bytes in all.
     """
     tensors = list(tensors)
-    shards = _shards(tensors, shard_bytes)
+    shards = in_shards(tensors, shard_bytes)
     total, done = sum(t.nbytes for t in tensors), 0
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        for written in _write_file(folder / name, shard):
+        for written in write_file(folder / name, shard):
             done += written
             if progress is not None:
                 progress(done, total)
     if len(shards) > 1:
-        places = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_index(folder, {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}, total)
 
 
-def _write_file(path: Path, tensors: Sequence[Pending]) -> Iterator[int]:
+def write_index(folder: Path, places: Mapping[str, str], total: int) -> None:
+    """Which file has which tensor, and the bytes of all."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(path: Path, tensors: Sequence[Pending]) -> Iterator[int]:
+    """A safetensors file, tensor by tensor: the bytes of each as it is written. It is on the disk at the end."""
     # Odd sizes last: what stands before them stays aligned, and in its order, in which it is made with least work.
     odd = [t for t in tensors if t.nbytes % _ALIGN]
     tensors = [t for t in tensors if t.nbytes % _ALIGN == 0] + sorted(odd, key=lambda t: -t.dtype.itemsize)
@@ -248,7 +262,8 @@ def _write_file(path: Path, tensors: Sequence[Pending]) -> Iterator[int]:
         os.fsync(file.fileno())
 
 
-def _shards(tensors: Sequence[Pending], limit: int) -> list[list[Pending]]:
+def in_shards(tensors: Sequence[Pending], limit: int) -> list[list[Pending]]:
+    """Tensors in files of at most so many bytes, or one tensor."""
     shards: list[list[Pending]] = [[]]
     size = 0
     for t in tensors:
@@ -260,8 +275,11 @@ def _shards(tensors: Sequence[Pending], limit: int) -> list[list[Pending]]:
     return shards
 
 
-def _shard_name(i: int, of: int) -> str:
-    return f"model-{i + 1:05}-of-{of:05}.safetensors"
+def shard_names(count: int) -> list[str]:
+    """Names of so many files of one checkpoint."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

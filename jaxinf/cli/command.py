@@ -24,6 +24,7 @@ VERBS = {
     "generate": "write text with a model, token by token",
     "info": "describe a model without loading its weights",
     "convert": "rewrite a checkpoint in this project's form",
+    "quantize": "rewrite a checkpoint with its matrices stored narrower",
     "bench": "measure prefill, decoding and memory on this device",
     "plan": "say whether a model fits a slice of TPUs, on which mesh, and how fast",
     "compile": "save a model's compiled programs for later starts",

@@ -54,6 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--mesh", metavar="M", help='spread the model over devices: "tensor=4,data=2", or auto')
+    parser.add_argument(
+        "--quantize", metavar="S", help="round weights while they are read: int8, int4, w8a8, nf4, ..."
+    )
     parser.add_argument("--programs", metavar="DIR", help="programs that `jaxinf compile` saved")
     add_dtype(parser, "the checkpoint's")
     add_json(parser)
@@ -68,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("the prompt is empty; give some text, or - to read it from stdin")
     folder = locate(args.model)
     open_device()
-    lm = LM.from_pretrained(folder, dtype=args.dtype, mesh=args.mesh, programs=args.programs)
+    lm = LM.from_pretrained(
+        folder, dtype=args.dtype, mesh=args.mesh, quantize=args.quantize, programs=args.programs
+    )
     given: Any = lm.chat_tokens([{"role": "user", "content": prompt}]) if args.chat else prompt
     options = {name: getattr(args, name.replace("-", "_")) for name in ("seed", "stop", "window", "sinks", "cache")}
     options |= {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in SAMPLING}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxinf.checkpoint.folders import CONFIG
-from jaxinf.checkpoint.loading import read_config, read_spec, stored_dtype
+from jaxinf.checkpoint.loading import read_config, read_spec, stored_dtype, stored_format
 from jaxinf.checkpoint.tensors import Tensors, open_tensors
 from jaxinf.lm.locate import EMBEDDED, embedded, fetch_config, is_hub_id
 from jaxinf.models import ModelSpec, presets
@@ -21,12 +21,14 @@ class Architecture:
     """What a model is.
 
     dtype: of its weights, where they are; else what its config says.
+    quantize: the format that its matrices are kept in; None: they are in dtype.
     folder: the checkpoint's; None where there are no weights to load.
     """
 
     spec: ModelSpec
     dtype: str
     folder: Path | None
+    quantize: str | None = None
 
 
 def architecture(name: str | Path, *, fetch: bool = False) -> Architecture:
@@ -44,7 +46,7 @@ def architecture(name: str | Path, *, fetch: bool = False) -> Architecture:
     text = str(name)
     path = EMBEDDED / text if text in embedded() else Path(text).expanduser()
     if path.is_dir():
-        return Architecture(read_spec(path), _dtype(path, weights=True), path)
+        return Architecture(read_spec(path), _dtype(path, weights=True), path, stored_format(read_config(path)))
     if path.is_file():
         if path.name != CONFIG:
             raise InputError(f"{text} is neither a folder nor a {CONFIG}; give one of these")

@@ -18,12 +18,13 @@ def check(
     *,
     dtype: str | None = None,
     mesh: str | Mapping[str, int] | Mesh | None = None,
+    quantize: str | None = None,
     devices: Sequence[Any] | None = None,
 ) -> None:
     """Whether the checkpoint's weights and a smallest cache fit the TPUs that they are for.
 
     Args:
-      dtype, mesh: as for `LM.from_pretrained`.
+      dtype, mesh, quantize: as for `LM.from_pretrained`.
       devices: default: those of JAX. Only TPUs are asked.
 
     Raises:
@@ -39,4 +40,11 @@ def check(
     if mesh is not None:
         made = mesh_for(what.spec, mesh)
         found, sizes = list(made.devices.flat), dict(made.shape)
-    check_fits(what.spec, found if sizes else found[:1], model=folder.name, sizes=sizes, dtype=dtype or what.dtype)
+    check_fits(
+        what.spec,
+        found if sizes else found[:1],
+        model=folder.name,
+        sizes=sizes,
+        dtype=dtype or what.dtype,
+        quantize=quantize or what.quantize,
+    )

@@ -38,7 +38,7 @@ from jaxinf.lm.request import (
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.models.causal_lm import Layout
-from jaxinf.models.placing import mesh_for, place_model
+from jaxinf.models.placing import mesh_for, place_model, unplace
 from pallas_kernels.errors import InputError
 from sharding.program import LOGITS
 
@@ -111,6 +111,7 @@ class LM:
         cache: Kind | None = None,
         revision: str | None = None,
         mesh: str | Mapping[str, int] | Mesh | None = None,
+        quantize: str | None = None,
         programs: str | Path | None = None,
     ) -> LM:
         """Loads an embedded model ("stdlib"), a folder, or a model of the Hugging Face Hub ("owner/name").
@@ -122,9 +123,12 @@ class LM:
           revision: branch, tag or commit on the Hub.
           mesh: spread the model over a mesh of devices, as `shard` does; each process then reads what its devices
             hold.
+          quantize: "int8", "int4", "w8a8", "nf4", ...: round the matrices of attention and feed-forward layers to
+            the nearest while they are read, so that the original is never in memory.
 
         Raises:
-          InputError: an unknown name (the message says which exist) or a number out of range; on TPUs, a model that
+          InputError: an unknown name or scheme (the message says which exist), a number out of range, a model that
+            is quantised already and is to be again; on TPUs, a model that
             cannot fit them.
           CheckpointError: the files are missing, corrupt or not understood.
         """
@@ -132,8 +136,8 @@ class LM:
         check_kind("cache", cache)
         found = None if programs is None else programs_folder.opened(programs)
         folder = locate(name, revision)
-        fitting.check(folder, dtype=dtype, mesh=mesh)
-        loaded = checkpoint.load(folder, dtype=dtype, layout=layout, mesh=mesh)
+        fitting.check(folder, dtype=dtype, mesh=mesh, quantize=quantize)
+        loaded = checkpoint.load(folder, dtype=dtype, layout=layout, mesh=mesh, quantize=quantize)
         generation = dict(loaded.generation)
         for key in ("eos_token_id", "bos_token_id"):
             if generation.get(key) is None and loaded.config.get(key) is not None:
@@ -156,6 +160,23 @@ class LM:
         """
         other = copy.copy(self)
         other._run(place_model(self.model, mesh_for(self.spec, mesh)))
+        return other
+
+    def quantize(self, scheme: str = "int8", **options: Any) -> LM:
+        """This model with narrower matrices in its attention and feed-forward layers, by `compression.quantize`.
+
+        Args:
+          scheme, options: as there. The weights of this model stay; `from_pretrained(quantize=)` never has both.
+
+        Raises:
+          InputError: as there.
+          UnsupportedError: parts of the model are with other processes.
+        """
+        from jaxinf import compression  # its methods are slow to import, and few programs want them
+
+        mesh, other = self.mesh, copy.copy(self)
+        model = compression.quantize(unplace(self.model), scheme, **options)
+        other._run(model if mesh is None else place_model(model, mesh))
         return other
 
     @property

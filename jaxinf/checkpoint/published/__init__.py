@@ -29,6 +29,19 @@ METHODS: Mapping[str, Callable[[Config, Tensors], Decoding]] = {
 """By `quant_method`."""
 
 
+def stored_format(config: Mapping[str, Any]) -> str | None:
+    """The format that the matrices take about as many bytes as; None: they are not quantised."""
+    section = next((config[key] for key in KEYS if config.get(key)), None)
+    if not isinstance(section, dict):
+        return None
+    bits = section.get("bits", 4 if section.get("load_in_4bit") else None)
+    for group in (section.get("config_groups") or {}).values():
+        bits = (group.get("weights") or {}).get("num_bits", bits) if isinstance(group, dict) else bits
+    if section.get("quant_method") == "mxfp4":
+        return "mxfp4"
+    return "int4" if isinstance(bits, int) and bits <= 4 else "int8"
+
+
 def opened(
     config: Mapping[str, Any], tensors: Tensors, at: Path, *, transposed: bool = False
 ) -> tuple[Tensors, Quantization | None]:
