@@ -21,7 +21,7 @@ from jaxinf.checkpoint.orbax import OrbaxTensors, open_orbax
 from jaxinf.checkpoint.packing import Unpacked
 from jaxinf.checkpoint.parameters import Planned, abstract, fill, planned
 from jaxinf.checkpoint.progress import shown
-from jaxinf.checkpoint.quantization import FORMAT_OF, Quantization, as_stored
+from jaxinf.checkpoint.quantization import FORMAT_OF, Evened, Quantization, as_stored
 from jaxinf.checkpoint.quantization import read as read_quantization
 from jaxinf.checkpoint.restoring import restore_all
 from jaxinf.checkpoint.rounding import Rounding, Rules, rounded
@@ -163,10 +163,12 @@ class Opened:
 
     def plan(self, dtype, layout: Layout) -> tuple[CausalLM, list[Planned]]:
         """The abstract model and what reads its arrays, as `planned` does."""
-        model, at = abstract(self.spec, dtype, layout), str(self.folder)
+        model, tensors, at = abstract(self.spec, dtype, layout), self.tensors, str(self.folder)
         if self.quantization is not None:
-            model = as_stored(model, self.tensors, self.names.source, self.quantization, at)
-        return model, planned(model, self.tensors, self.names.source, ignorable=self.names.ignorable, at=at)
+            if layout == "stacked" and isinstance(self.names, own.OwnNames):
+                tensors = Evened(tensors, model)
+            model = as_stored(model, tensors, self.names.source, self.quantization, at)
+        return model, planned(model, tensors, self.names.source, ignorable=self.names.ignorable, at=at)
 
     def check_plain(self) -> None:
         """

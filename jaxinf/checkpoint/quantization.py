@@ -10,13 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxinf.checkpoint.parameters import Slot, Source, parameter_slots, viewed_shape
-from jaxinf.checkpoint.tensors import Tensors
+from jaxinf.checkpoint.tensors import TensorInfo, Tensors
 from jaxinf.models import CausalLM
 from jaxinf.quant import FIELDS, FORMATS, QTensor
 from pallas_kernels.errors import CheckpointError, UnsupportedError
+from sharding.placement import Index
 
 VERSION = 1
 KEY = "quantization"
@@ -131,6 +133,44 @@ def _fields(name: str, tensors: Tensors, source: Callable[[str], Source]) -> Ite
             info = tensors[where.names[0]]
             shape = viewed_shape(where, info.shape) or info.shape
             yield field, jax.ShapeDtypeStruct((len(where.names), *shape) if where.several else shape, info.dtype)
+
+
+class Evened(Tensors):
+    """Stored tensors; layers that keep fewer rows wide than others of their stack have unused ones besides.
+
+    Only of this project's own form, where a parameter's arrays lie under its own name.
+    """
+
+    def __init__(self, source: Tensors, model: CausalLM):
+        infos, self._source, self._padded = dict(source), source, set()
+        for slot in parameter_slots(model):
+            found = [source.get(f"{name}.outliers") for name in slot.names]
+            some = next((info for info in found if info is not None), None)
+            if not slot.stacked or some is None:
+                continue
+            most = max(info.shape[-2] for info in found if info is not None)
+            for name in slot.names:
+                lead, columns = some.shape[:-2], some.shape[-1]
+                shapes = {"outliers": (*lead, most, columns), "rows": (*lead, most)}
+                for field, shape in shapes.items():
+                    dtype = some.dtype if field == "outliers" else np.dtype(np.int32)
+                    if getattr(source.get(f"{name}.{field}"), "shape", None) != shape:
+                        infos[f"{name}.{field}"] = TensorInfo(some.file, dtype, shape, 0)
+                        self._padded.add(f"{name}.{field}")
+        super().__init__(infos)
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self._padded:
+            return self._source.read(name)
+        info = self[name]
+        out = np.full(info.shape, -1 if name.endswith(".rows") else 0, info.dtype)
+        if name in self._source:
+            kept = self._source.read(name)
+            out[tuple(slice(0, n) for n in kept.shape)] = kept
+        return out
+
+    def part(self, name: str, index: Index) -> np.ndarray:
+        return self.read(name)[index] if name in self._padded else self._source.part(name, index)
 
 
 def _check(slot: Slot, stored: Sequence[dict[str, Any]], at: str) -> None:

@@ -1,5 +1,6 @@
 """Quantised models in files: bit for bit there and back, and rounded while they are read."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -82,6 +83,28 @@ def test_onto_a_mesh(spec, layout: str, mesh: str, write, tmp_path: Path) -> Non
     back = load(save(tmp_path / "n", got), layout=layout).model
     for a, b in zip(jax.tree.leaves(dequantised(back)), jax.tree.leaves(dequantised(whole)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_layers_of_a_stack_keep_as_many_rows_wide(tmp_path: Path) -> None:
+    whole = model(DENSE)
+    for i, kept in enumerate(([3], [5, 9])):
+        kernel = whole.segments[0].blocks[i].ffn.up.kernel
+        rows = jnp.asarray(kept, jnp.int32)
+        q = rounded(kernel.get_value().at[rows].set(0))
+        kernel.set_value(dataclasses.replace(q, rows=rows, outliers=kernel.get_value()[rows]))
+    plain = whole.segments[0].blocks[0].ffn.down.kernel
+    plain.set_value(rounded(plain.get_value()))
+    q = rounded(whole.segments[0].blocks[1].ffn.down.kernel.get_value())
+    one = jnp.zeros(1, jnp.int32)
+    wide = dataclasses.replace(q, rows=one, outliers=jnp.ones((1, 64)))
+    whole.segments[0].blocks[1].ffn.down.kernel.set_value(wide)
+    stacked = load(save(tmp_path / "m", whole), layout="stacked").model.segments[0].blocks[0].ffn
+    assert stacked.up.kernel.get_value().rows.tolist() == [[3, -1], [5, 9]]
+    assert stacked.down.kernel.get_value().rows.tolist() == [[-1], [0]]
+    for i, block in enumerate(whole.segments[0].blocks):
+        for name in ("up", "down"):
+            got = getattr(stacked, name).kernel.get_value().dequantize()[i]
+            np.testing.assert_array_equal(got, getattr(block.ffn, name).kernel.get_value().dequantize())
 
 
 def test_files_say_what_they_hold(tmp_path: Path) -> None:
