@@ -19,7 +19,7 @@ from jaxinf.compression import awq, outliers, smoothquant
 from jaxinf.compression.folding import Fold, Weights, folds, weights_of, with_weights
 from jaxinf.compression.gptq import errors, gptq
 from jaxinf.compression.observing import Stats, check_weight, run, statistics
-from jaxinf.compression.scales import searched
+from jaxinf.compression.scales import COARSE, refined, searched
 from jaxinf.compression.schemes import Method, Target
 from jaxinf.layers import Block
 from jaxinf.quant import QTensor
@@ -187,7 +187,7 @@ def _loss(w, s, gram, group: int, bits: int, shared: bool) -> jax.Array:
     """What rounding adds to the squares of the outputs, with inputs divided by s; by expert, or all together."""
     rows = s[..., :, None]
     scaled = w * rows
-    steps = searched(scaled, gram / s[..., :, None] / s[..., None, :], group, bits)
+    steps = searched(scaled, gram / s[..., :, None] / s[..., None, :], group, bits, COARSE)
     rounded = _round(scaled, steps, bits).astype(jnp.float32) * jnp.repeat(steps, group, axis=-2) / rows
     found = errors(w, rounded, gram)
     return jnp.sum(found) if shared else found
@@ -221,6 +221,7 @@ def _calibrated(w, gram, group: int, bits: int, method: Method, settings: Settin
     gram = jnp.where(idle[..., None, None], jnp.eye(gram.shape[-1]), gram)
     steps = searched(w, gram, group, bits)
     if method == "awq":
+        steps = refined(w, gram, steps, bits)
         return _round(w, steps, bits), steps
     return gptq(w, gram, steps, bits, act_order=settings.act_order, damping=settings.damping), steps
 
