@@ -208,10 +208,14 @@ def _gather(leaf: Slot, sources: dict[str, Source], tensors: Tensors, index: Ind
     dtype = np.dtype(leaf.value.dtype)
     names, inner = (leaf.names[index[0]], index[1:]) if leaf.stacked else (leaf.names, index)
     if not leaf.stacked and not sources[names[0]].several:
-        view = _view(sources[names[0]], tensors, sources[names[0]].names[0], inner)
+        stored = sources[names[0]].names[0]
+        view = _view(sources[names[0]], tensors, stored, inner)
         if view.dtype == dtype and view.flags.c_contiguous:
-            _check_finite(view, sources[names[0]].names[0])
+            _check_finite(view, stored)
             return view
+        out = _aligned(view.shape, dtype)
+        _copy(out, view, stored)
+        return out
     out = _aligned(tuple(s.stop - s.start for s in index), dtype)
     for i, name in enumerate(names):
         target, source = (out[i] if leaf.stacked else out), sources[name]

@@ -34,12 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from jaxinf.core import to_record
-    from jaxinf.lm.architecture import architecture
+    from jaxinf.lm.architecture import architecture, weight_bytes
     from jaxinf.models.describe import describe
 
     found = architecture(args.model)
     spec, dtype = found.spec, args.dtype or found.dtype
     sizes = describe(spec, dtype=dtype)
+    stored = None if found.quantize is None or found.folder is None else weight_bytes(found.folder)
     full = sizes.kv_bytes_per_token * spec.context + sizes.kv_bytes_of_windows
     if args.json:
         output.print_json(
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
                 "context": spec.context,
                 "parameters": sizes.parameters,
                 "active_parameters": sizes.active_parameters,
-                "bytes": sizes.bytes,
+                "bytes": sizes.bytes if stored is None else stored,
+                "quantized": found.quantize,
                 "kv_bytes_per_token": sizes.kv_bytes_per_token,
                 "kv_bytes_of_windows": sizes.kv_bytes_of_windows,
                 "kv_bytes_at_context": full,
@@ -60,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(output.table(_facts(args.model, spec, sizes, dtype, full)))
+    facts = _facts(args.model, spec, sizes, dtype, full)
+    if stored is not None:
+        kept = (
+            f"{output.size(stored)} in files, matrices as {found.quantize}; {output.size(sizes.bytes)} in {dtype}"
+        )
+        facts[4] = ("weights", kept)
+    print(output.table(facts))
     print()
     print(output.table([("layers", "attention", "feed-forward"), *_layers(spec)], header=True))
     return 0

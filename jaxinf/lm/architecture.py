@@ -62,6 +62,13 @@ def architecture(name: str | Path, *, fetch: bool = False) -> Architecture:
     )
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weights as files have them."""
+    if read_config(folder).get("weights") == "orbax":
+        return sum(path.stat().st_size for path in (folder / "weights").rglob("*") if path.is_file())
+    return sum(info.nbytes for info in open_tensors(folder).values())
+
+
 def _dtype(folder: Path, *, weights: bool) -> str:
     config = read_config(folder)
     named = config.get("dtype") or config.get("torch_dtype")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import together
 from quantised_models import DENSE, SPARSE, arrays, changed, dequantised, model, rounded, with_everything
 
 from jaxinf import compression
@@ -15,6 +16,8 @@ from jaxinf.checkpoint import convert, load, rounding, save, save_orbax
 from jaxinf.checkpoint.packing import pack, unpack
 from jaxinf.checkpoint.parameters import Slot
 from jaxinf.checkpoint.tensors import open_tensors
+from jaxinf.layers import AttentionSpec, FFNSpec, LayerSpec, RopeSpec
+from jaxinf.models import ModelSpec, fold
 from jaxinf.models.placing import place_model
 from jaxinf.quant import FORMATS
 from pallas_kernels.errors import CheckpointError, InputError, UnsupportedError
@@ -236,3 +239,35 @@ def test_what_cannot_be_rounded(published: dict[str, Path], tmp_path: Path) -> N
     save(tmp_path / "sick", sick)
     with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.up\.kernel holds values that are NaN or infinite"):
         load(tmp_path / "sick", quantize="int8")
+
+
+READS = """
+from jaxinf.checkpoint import load
+from jaxinf.checkpoint.tensors import MappedTensors
+touched, expect = {}, MappedTensors.expect
+def note(self, name, view):
+    touched[name] = touched.get(name, 0) + view.nbytes
+    expect(self, name, view)
+MappedTensors.expect = note
+model = load(arguments[0], mesh="tensor=8", layout="list", quantize=arguments[1] or None).model
+q = model.segments[0].blocks[0].ffn.up.kernel.get_value()
+down = model.segments[0].blocks[0].ffn.down.kernel.get_value()
+tell(touched=touched, values=hosts.fetch(q.values).tolist(), scales=hosts.fetch(down.scales).tolist())
+"""
+
+
+@pytest.mark.parametrize("scheme", ["int8", ""])
+def test_each_process_reads_the_columns_that_its_devices_hold(scheme: str, tmp_path: Path) -> None:
+    layer = LayerSpec(AttentionSpec(8, 8, 8, rope=RopeSpec(8)), FFNSpec(64))
+    plain = model(ModelSpec(40, 64, fold([layer]), 64))
+    whole = compression.quantize(plain, "int8")
+    folder = save(tmp_path / "model", plain if scheme else whole)
+    ffn = whole.segments[0].blocks[0].ffn
+    ending = "" if scheme else ".values"
+    for found in together(READS, tmp_path, (str(folder), scheme)):
+        assert found["values"] == ffn.up.kernel.get_value().values.tolist()
+        np.testing.assert_array_equal(found["scales"], ffn.down.kernel.get_value().scales)
+        size = 64 * 64 * (4 if scheme else 1)
+        assert found["touched"][f"layers.0.ffn.up.kernel{ending}"] == size // 2
+        if not scheme:
+            assert found["touched"][f"layers.0.ffn.down.kernel{ending}"] == size // 2
