@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from tokenizers import Tokenizer
 
 from jaxinf import checkpoint
+from jaxinf.models import dequantize
 from jaxinf.training.corpus import read_held_out, read_part
 from jaxinf.training.data import Batches, Documents
 from jaxinf.training.evaluate import bits_per_byte, xz_bits_per_byte
@@ -100,7 +101,7 @@ def train(
     spec = replace(recipe.train, rounding=rounding, optimizer=peak)
     spec = spec if steps is None else replace(spec, steps=steps)
     batches = Batches(documents, batch=spec.batch, context=spec.context, seed=spec.seed)
-    begin = None if start == "none" else checkpoint.load(locate(start), dtype="float32").model
+    begin = None if start == "none" else dequantize(checkpoint.load(locate(start), dtype="float32").model)
     trainer = Trainer(recipe.model, spec, batches, out, start=begin)
     try:
         if resume and trainer.resume():

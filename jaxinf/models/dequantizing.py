@@ -7,7 +7,7 @@ from functools import partial
 import jax
 from flax import nnx
 
-from jaxinf.models import CausalLM
+from jaxinf.models.causal_lm import CausalLM
 from jaxinf.quant import QTensor
 
 

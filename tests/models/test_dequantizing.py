@@ -8,7 +8,8 @@ import numpy as np
 import quantised_models as tiny
 from flax import nnx
 
-from jaxinf.compression import dequantize, quantize
+from jaxinf.compression import quantize
+from jaxinf.models import dequantize
 from jaxinf.quant import QTensor
 
 
