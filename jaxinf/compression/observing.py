@@ -126,7 +126,7 @@ def observe(block: Block, x: jax.Array, *, gram: bool) -> tuple[jax.Array, dict[
     """
     graph, state = nnx.split(block)
     out, found = _observe(graph, state, x, gram)
-    return out, {tuple(names.split("|")): stats for names, stats in found.items()}
+    return out, {tuple(names.split("|")[1:]): stats for names, stats in found.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -151,9 +151,12 @@ def _observe(graph, state, x: jax.Array, gram: bool) -> tuple[jax.Array, dict[st
                 block, path, _ObservedExperts(module, lambda part, given, at=name: note(f"{at}.{part}", given))
             )
     out, _, _ = block(x, _step(x), None)
+    # jit sorts the keys: the numbers keep them in the order in which the block computes.
     return out, {
-        "|".join(names): Stats.of_groups(x[0], x[1], x[2], gram) if isinstance(x, tuple) else Stats.of(x, gram)
-        for x, names in inputs
+        "|".join([f"{i:03}", *names]): Stats.of_groups(x[0], x[1], x[2], gram)
+        if isinstance(x, tuple)
+        else Stats.of(x, gram)
+        for i, (x, names) in enumerate(inputs)
     }
 
 

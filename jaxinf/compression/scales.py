@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.quant.formats import inverse, split, to_whole
+from jaxinf.quant.formats import split, to_whole
 
 COARSE: np.ndarray = np.asarray([16 / 15, *np.linspace(1, 0.55, 10)], np.float32)
 """Parts of the largest entry of a group that the lowest code may stand for."""
