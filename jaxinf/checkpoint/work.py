@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxinf.checkpoint.folders import check_target, put_in_place, read_json
 from jaxinf.checkpoint.tensors import Pending, open_file, write_file
-from pallas_kernels.errors import CheckpointError
+from pallas_kernels.errors import CheckpointError, JaxinfError
 
 MANIFEST, LOCK, FILES = "manifest.json", "lock", "files"
 Note = Callable[[str], None]
@@ -111,6 +111,8 @@ def resumed(target: Path, key: Mapping[str, Any], *, overwrite: bool, note: Note
     Args:
       key: what it is made of and how, by names that `note` may say; work with another key is begun anew.
 
+    What ends in an error of this project is not kept: it would end so again.
+
     Raises:
       CheckpointError: as `folders.written_beside`; or another process is at work on it.
     """
@@ -123,7 +125,8 @@ def resumed(target: Path, key: Mapping[str, Any], *, overwrite: bool, note: Note
             _take(lock, folder)
             work = Work(folder, json.loads(json.dumps(key)))
             work.resume(note)
-            yield work
+            with _cleared_if_hopeless(folder):
+                yield work
             _sync(work.files)
             put_in_place(work.files, target)
             _sync(target.parent)
@@ -133,6 +136,16 @@ def resumed(target: Path, key: Mapping[str, Any], *, overwrite: bool, note: Note
         raise CheckpointError(
             f"cannot write {target}: {why}; what is done is kept in {folder} for the next run"
         ) from e
+
+
+@contextlib.contextmanager
+def _cleared_if_hopeless(folder: Path) -> Iterator[None]:
+    """Keeps nothing of work that would fail again."""
+    try:
+        yield
+    except JaxinfError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _take(lock: Any, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     source = locate(args.source)
     open_device()
     calibration = _calibration(args, source) if scheme.calibrated else None
-    with output.progress("quantising", "layers" if scheme.calibrated else "bytes") as progress:
+    with _kept(target), output.progress("quantising", "layers" if scheme.calibrated else "bytes") as progress:
         quantize_folder(
             source,
             target,
@@ -96,6 +97,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{target}: {args.scheme}, {output.size(written)} in {len(files)} files")
     return 0
+
+
+@contextlib.contextmanager
+def _kept(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.note(f"what is done is kept in {target.parent / f'.{target.name}.unfinished'} for the same command")
+        raise
 
 
 def _rule(text: str) -> tuple[str, str]:

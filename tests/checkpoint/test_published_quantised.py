@@ -482,6 +482,10 @@ def test_what_other_ways_say_that_is_not_read(tmp_path: Path) -> None:
     refused("format='marlin-24' is not read", quant_method="compressed-tensors", format="marlin-24")
     static = compressed(8, "int-quantized", "channel", dict(INPUTS, dynamic=False))
     refused("dynamic=False is not supported; it must be True", **static)
+    rotated = compressed(8, "int-quantized", "channel") | {"transform_config": {"config_groups": {"R1": {}}}}
+    refused("transform_config=.* is not supported", **rotated)
+    sparse = compressed(8, "int-quantized", "channel") | {"sparsity_config": {"format": "sparse-24-bitmask"}}
+    refused("sparsity_config=.* is not read", **sparse)
     refused("but none is; the checkpoint is not whole", quant_method="bitsandbytes", load_in_8bit=True)
     config = json.loads((narrow / "config.json").read_text()) | {"quantization_config": BITS4}
     (narrow / "config.json").write_text(json.dumps(config))

@@ -14,6 +14,7 @@ from quantised_models import SPARSE, arrays, model
 from jaxinf import compression
 from jaxinf.checkpoint import load, save
 from jaxinf.checkpoint.tensors import open_tensors
+from jaxinf.cli import output
 from jaxinf.compression import Calibration
 from jaxinf.compression.stored import quantize_folder
 from pallas_kernels.errors import CheckpointError
@@ -28,7 +29,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("scheme", "to"), [("int8", "safetensors"), ("w8a8", "orbax")])
-def test_a_folder_that_loads_as_what_it_says(run, source: Path, tmp_path: Path, scheme: str, to: str) -> None:
+def test_a_folder_that_loads_as_what_it_says(
+    run, run_json, source: Path, tmp_path: Path, scheme: str, to: str
+) -> None:
     target = tmp_path / "narrow"
     code, out, err = run("quantize", source, target, "--scheme", scheme, "--to", to)
     assert code == 0, err
@@ -43,6 +46,7 @@ def test_a_folder_that_loads_as_what_it_says(run, source: Path, tmp_path: Path, 
     assert (target / "tokenizer.json").is_file()
     assert arrays(load(target).model) == arrays(compression.quantize(load(source).model, scheme))
     assert [p.name for p in tmp_path.iterdir()] == ["narrow"]
+    assert run_json("info", target)["quantized"] == "int8"
 
 
 def test_groups_rules_and_json(run_json, source: Path, tmp_path: Path) -> None:
@@ -86,7 +90,7 @@ def test_nan_is_named_and_no_folder_appears(run, tmp_path: Path) -> None:
     code, out, err = run("quantize", tmp_path / "sick", tmp_path / "narrow")
     assert (code, out) == (2, "")
     assert "jaxinf: tensor layers.1.attention.out.kernel holds values that are NaN" in err
-    assert not (tmp_path / "narrow").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["sick"]
 
 
 def small(source: Path, target: Path, scheme: str = "int8", **options) -> tuple[list[str], list[int]]:
@@ -160,6 +164,23 @@ def test_what_was_begun_otherwise_is_begun_anew(source: Path, tmp_path: Path) ->
     torn.write_bytes(torn.read_bytes()[:-1])
     small(source, tmp_path / "three")
     assert arrays(load(tmp_path / "three").model) == arrays(load(target).model)
+
+
+def test_ctrl_c_keeps_what_is_done(run, source: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "_lines", lambda label, unit: interrupt)
+    code, _, err = run("quantize", source, tmp_path / "narrow")
+    assert code == 130
+    assert err.startswith(f"what is done is kept in {tmp_path / '.narrow.unfinished'} for the same command")
+    assert [p.name for p in tmp_path.iterdir()] == [".narrow.unfinished"]
+
+
+def test_generate_rounds_while_it_loads(run, checkpoint: Path) -> None:
+    code, out, err = run("generate", "import ", "--model", checkpoint, "--quantize", "int8", "--max-new-tokens", 3)
+    assert code == 0, err
+    assert out
 
 
 def test_two_runs_do_not_meet(source: Path, tmp_path: Path) -> None:

@@ -66,6 +66,9 @@ def read(section: Config, tensors: Tensors) -> Decoding:
     form = section.str("format", default=_FORMATS[0])
     if form not in _FORMATS:
         raise section.refuse("format", f"is not read; {', '.join(_FORMATS)} are")
+    section.only("transform_config", None, {})  # rotations of what flows between the layers
+    if section.object("sparsity_config").get("format", "dense") != "dense":
+        raise section.refuse("sparsity_config", "is not read; take a checkpoint that keeps its zeros")
     groups = [_group(section.section("config_groups").section(name)) for name in _names(section)]
     rounding = {group.rounds_inputs for group in groups}
     if len(rounding) > 1:
@@ -98,6 +101,7 @@ def _group(section: Config) -> _Group:
     if kind == "float":
         weights.only("num_bits", 8)
     weights.only("strategy", None, "channel", "group", "tensor")
+    section.only("output_activations", None)
     rounds = False
     if "input_activations" in section:
         inputs = section.section("input_activations")

@@ -39,6 +39,7 @@ def read(section: Config, tensors: Tensors) -> Decoding:
     bits = section.int("bits")
     code_dtype(bits)
     offset = section.choose(_OFFSET, "checkpoint_format", default="gptq")
+    section.only("rotation", None, False, "")
     symmetric = section.bool("sym", default=True)
     out = Decoding(Quantization("gptq"))
     found = [_Module(tensors, at, bits, offset, symmetric) for at in modules(tensors, ".qweight")]
