@@ -115,7 +115,9 @@ def compared(model: CausalLM, rows: jax.Array, references: list[jax.Array], scor
 def score(models: dict[str, CausalLM], references: list[str], documents: Documents, limit: int | None) -> dict:
     """Bits a byte, KL from each reference and agreement with the first, of each model."""
     tokens, context = documents.tokens.astype(np.int32), next(iter(models.values())).spec.context
-    plan = windows(len(tokens) - 1, context, context // 2)[:limit]
+    plan = windows(len(tokens) - 1, context, context // 2)
+    if limit is not None and limit < len(plan):
+        plan = [plan[i * len(plan) // limit] for i in range(limit)]
     sums, count, batch = {name: np.zeros(2 + len(references)) for name in models}, 0, 4
     for at in range(0, len(plan), batch):
         part = plan[at : at + batch]
@@ -126,8 +128,8 @@ def score(models: dict[str, CausalLM], references: list[str], documents: Documen
         given = [log_probabilities(models[name], rows) for name in references]
         for name, model in models.items():
             sums[name] += np.asarray(compared(model, rows, given, jnp.asarray(scored)), np.float64)
-        if sys.stderr.isatty():
-            print(f"  scored {at + batch} of {len(plan)} windows", end="\r", file=sys.stderr, flush=True)
+        if at // batch % 10 == 0:
+            print(f"  scored {at + batch} of {len(plan)} windows", file=sys.stderr, flush=True)
     # The whole text has its own bytes; of a part, those of an average token.
     size = documents.bytes * count / (len(tokens) - 1)
     found = {}
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300, help="updates of each training (default: 300)")
     parser.add_argument("--minutes", type=float, help="end each training after this long at most, its rate at 0")
     parser.add_argument("--train", choices=RUNS, help="only this training, no table")
-    parser.add_argument("--windows", type=int, help="held-out windows to score (default: all)")
+    parser.add_argument("--windows", type=int, help="held-out windows to score, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/qat"), help="checkpoints of the trainings")
     parser.add_argument("--data", type=Path, default=Path("runs/corpus"), help="tokenizer and encoded corpus")
     parser.add_argument("--source", type=Path, help="Lib folder of Python 3.11.7 (default: this interpreter's)")
