@@ -129,3 +129,15 @@ def test_of_a_stack_the_host_has_a_layer_at_a_time(published: Path, monkeypatch:
     largest = WIDTH * D * jnp.dtype("float32").itemsize
     assert peaks[0] < 2 * largest + 2e6
     assert peaks[1] > DEPTH * largest, "whole stacks are seen where the host has them"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_rounded_while_read_the_original_is_never_there(published: Path) -> None:
+    options = {"dtype": "float32", "quantize": "int8", "layout": "list"}
+    small = Path(__file__).parents[1] / "goldens" / "llama"
+    command = [sys.executable, "-c", WATCH, str(small), json.dumps([(str(published), options)])]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    (grown,) = json.loads(done.stdout)
+    original = PARAMETERS * jnp.dtype("float32").itemsize
+    narrow = original // 4 + VOCAB * D * 3
+    assert narrow < grown < 0.8 * original, "with the programs that round, whose compilation takes most"
