@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,12 +12,14 @@ from flax import nnx
 
 from jaxinf.cache import AttentionRule, LayerCache, Step
 from jaxinf.cache.base import DECODE_TOKENS, attend_alone
+from jaxinf.layers.ahead import together
 from jaxinf.layers.linear import Linear
 from jaxinf.layers.norm import NormSpec, RMSNormSpec
 from jaxinf.layers.parameters import constant
 from jaxinf.layers.rope import RopeSpec, alibi_slopes
 from pallas_kernels import flash_attention
 from pallas_kernels.errors import UnsupportedError
+from pallas_kernels.streamed_matmul import Fetched
 from sharding.collectives import part
 
 
@@ -102,15 +105,19 @@ class Attention(nnx.Module):
         *,
         layer=None,
         segment_ids: jax.Array | None = None,
+        fetched: Sequence[Fetched | None] = (None, None),
+        whole: bool = True,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x [B, T, d]` -> `([B, T, d], the cache after)`.
 
         Without a cache the T tokens see each other alone, within equal `segment_ids` int32 `[B, T]`.
+
+        fetched: of the weights of `first` and of `out`, what is on its way. whole: the result is summed over
+        chips; else it is this chip's summand.
         """
         spec = self.spec
-        q = self._heads(self.query(x), self.query_norm)
-        k = self._heads(self.key(x), self.key_norm)
-        v = self._heads(self.value(x), None)
+        q, k, v = together(x, self.first, fetched[0])
+        q, k, v = self._heads(q, self.query_norm), self._heads(k, self.key_norm), self._heads(v, None)
         rope = spec.rope
         rule = AttentionRule(
             rotate=None if rope is None else lambda x, at: rope.rotate(x, at, step.totals),
@@ -143,7 +150,13 @@ class Attention(nnx.Module):
         else:
             out, cache = cache.step(q, k, v, step, rule, layer=layer)
         b, n, t, d = out.shape
-        return self.out(out.swapaxes(1, 2).reshape(b, t, n * d)), cache
+        out = out.swapaxes(1, 2).reshape(b, t, n * d)
+        return together(out, (self.out,), fetched[1], whole=whole)[0], cache
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The products that meet x."""
+        return self.query, self.key, self.value
 
     def _heads(self, x: jax.Array, norm: nnx.Module | None) -> jax.Array:
         """`[B, T, heads * D]` -> `[B, heads, T, D]`, clipped and normalised; of this chip's heads."""

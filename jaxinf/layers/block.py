@@ -9,9 +9,11 @@ import jax
 from flax import nnx
 
 from jaxinf.cache import LayerCache, Step
+from jaxinf.layers import ahead
+from jaxinf.layers.ahead import Unsummed
 from jaxinf.layers.attention import Attention, AttentionSpec
 from jaxinf.layers.blockwise import block_tokens, by_blocks
-from jaxinf.layers.ffn import FFNSpec
+from jaxinf.layers.ffn import FFN, FFNSpec
 from jaxinf.layers.moe import MoESpec
 from jaxinf.layers.norm import NormSpec, RMSNormSpec
 
@@ -88,6 +90,32 @@ class Block(nnx.Module):
         )
         x, loss = self._by_blocks(feed, cached, x, None, None)
         return x, cache, loss
+
+    def leaves_sums(self, rows: int) -> bool:
+        """Whether `settling` pays, in a pass of so many rows of activations over a cache."""
+        a, f = self.attention, self.ffn
+        if self.spec.placement != "pre" or self.spec.residual_scale != 1.0 or not isinstance(f, FFN):
+            return False
+        if a.out.bias is not None or f.down.bias is not None:
+            return False
+        return ahead.pays((*a.first, a.out, *f.first, f.down), rows)
+
+    def settling(
+        self, stream: Unsummed, step: Step, cache: LayerCache | None, *, layer=None
+    ) -> tuple[Unsummed, LayerCache | None, jax.Array]:
+        """The same, of a stream whose last sum over chips is still to be taken; the layer's own is left as well."""
+        assert self.attention_norm is not None
+        assert self.ffn_norm is not None
+        assert isinstance(self.ffn, FFN)
+        attention, ffn = self.attention, self.ffn
+        # Rope, the cache and what queries send are short: they leave HBM time for more than what attention needs.
+        # Of the last weight more than half, so that products with it last as long as the rest is on its way.
+        x, first, (out, down) = stream.settle(attention.first, ((attention.out, 1.0), (ffn.down, 0.6)))
+        h = self.attention_norm(x)
+        attended, cache = attention(h, step, cache, layer=layer, fetched=(first, out), whole=False)
+        x, first, _ = Unsummed(x, attended).settle(ffn.first)
+        fed, loss = ffn(self.ffn_norm(x), fetched=(first, down), whole=False)
+        return Unsummed(x, fed), cache, loss
 
     @property
     def _parallel(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinf.layers.ahead import together
 from jaxinf.layers.linear import Linear
+from pallas_kernels.streamed_matmul import Fetched
 from sharding.collectives import size
 
 Nonlinearity = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -109,8 +111,24 @@ class FFN(nnx.Module):
         self.gate = Linear(d_model, spec.width, axes=("embed", "ffn"), **make) if spec.activation.gated else None
         self.down = Linear(spec.width, d_model, axes=("ffn", "embed"), **make)
 
-    def __call__(self, x: jax.Array, *, cached: bool = False) -> tuple[jax.Array, jax.Array]:
-        """`x [B, T, d]` -> `([B, T, d], 0.0)`: the second is the balancing loss that a mixture would have."""
-        up = self.up(x).astype(jnp.float32)
-        gate = None if self.gate is None else self.gate(x).astype(jnp.float32)
-        return self.down(self.spec.activation(up, gate).astype(x.dtype)), jnp.zeros((), jnp.float32)
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        cached: bool = False,
+        fetched: Sequence[Fetched | None] = (None, None),
+        whole: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`x [B, T, d]` -> `([B, T, d], 0.0)`: the second is the balancing loss that a mixture would have.
+
+        fetched: of the weights of `first` and of `down`, what is on its way. whole: the result is summed over
+        chips; else it is this chip's summand.
+        """
+        up, *gate = (y.astype(jnp.float32) for y in together(x, self.first, fetched[0]))
+        hidden = self.spec.activation(up, gate[0] if gate else None).astype(x.dtype)
+        return together(hidden, (self.down,), fetched[1], whole=whole)[0], jnp.zeros((), jnp.float32)
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The products that meet x."""
+        return (self.up,) if self.gate is None else (self.up, self.gate)

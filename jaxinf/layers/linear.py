@@ -34,15 +34,20 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, (n_out,), axes[1:], dtype) if bias else None
         self._summed = RULES[axes[0]] if axes[0] is not None else ()
 
-    def __call__(self, x: jax.Array, *, out=None) -> jax.Array:
-        """`x [..., in]` -> `[..., out]` in dtype `out` (default: x's)."""
+    def __call__(self, x: jax.Array, *, out=None, whole: bool = True) -> jax.Array:
+        """`x [..., in]` -> `[..., out]` in dtype `out` (default: x's); this chip's summand of it if not `whole`."""
+        out = x.dtype if out is None else out
         y = matmul(x, self.kernel.get_value(), out_dtype=jnp.float32, split=self._summed)
+        if not whole:
+            return y.astype(out)
         if size(*self._summed) > 1:
             # In the dtype of the result: half the bytes on the wires.
-            y = psum(y.astype(x.dtype if out is None else out), *self._summed).astype(jnp.float32)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype if out is None else out)
+            y = psum(y.astype(out), *self._summed).astype(jnp.float32)
+        return self.biased(y).astype(out)
+
+    def biased(self, y: jax.Array) -> jax.Array:
+        """y, and the bias if there is one; that sum in float32."""
+        return y if self.bias is None else y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)
 
 
 class Embedding(nnx.Module):

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxinf.cache import Cache, Kind, LayerCache, Step, check_kind, layer_cache
 from jaxinf.core.stacked import Stacked
 from jaxinf.layers import Block, Embedding, LayerSpec, Linear
+from jaxinf.layers.ahead import Unsummed
 from jaxinf.layers.parameters import is_in_place
 from jaxinf.models.pipeline import in_stages, micro_batches, through_stages
 from jaxinf.models.spec import ModelSpec
@@ -64,6 +65,8 @@ class Segment(nnx.Module):
         repeats = jax.tree.leaves(split[0][1:])[0].shape[0]  # of a pipeline's stage, those that it has
 
         def run(x, step, caches, segment_ids, first):
+            late = caches is not None and all(b.leaves_sums(x.shape[0] * x.shape[1]) for b in self.blocks)
+
             def body(carry, xs):
                 x, caches, loss = carry
                 layer, states = xs
@@ -72,15 +75,18 @@ class Segment(nnx.Module):
                     cache = None if caches is None else caches[slot]
                     block = nnx.merge(graph, jax.tree.map(lambda stack: Stacked(stack, layer), stacks), state)
                     at = layer if first is None else first + layer
-                    x, cache, extra = block(x, step, cache, layer=at, segment_ids=segment_ids)
+                    if isinstance(x, Unsummed):
+                        x, cache, extra = block.settling(x, step, cache, layer=at)
+                    else:
+                        x, cache, extra = block(x, step, cache, layer=at, segment_ids=segment_ids)
                     after.append(cache)
                     loss = loss + extra
                 return (x, tuple(after) if caches is not None else None, loss), None
 
             layers = jnp.arange(repeats, dtype=jnp.int32)
-            start = (x, caches, jnp.zeros((), jnp.float32))
+            start = (Unsummed.of(x) if late else x, caches, jnp.zeros((), jnp.float32))
             (x, caches, loss), _ = jax.lax.scan(body, start, (layers, [state for _, _, state in split]))
-            return x, caches, loss
+            return x.settle()[0] if isinstance(x, Unsummed) else x, caches, loss
 
         if repeats == self.spec.repeats:
             return run(x, step, caches, segment_ids, None)

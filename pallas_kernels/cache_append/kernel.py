@@ -65,7 +65,8 @@ def pallas(
         input_output_aliases={3 + n: n for n in range(len(parts))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            vmem_limit_bytes=tuned.budget(chip),
+            # No more than it needs: what is fetched for a later product keeps its place.
+            vmem_limit_bytes=min(tuned.budget(chip), block_sizes.vmem_bytes(problem, sizes) * 3 // 2 + (8 << 20)),
             disable_bounds_checks=True,
         ),
         interpret=pltpu.InterpretParams(uninitialized_memory="nan") if interpret else False,

@@ -152,6 +152,8 @@ def _operation(program: Program, words: dict, cores: int, vmem: int, kernel: boo
         unknown_branches=len(slow.unknown),
         unknown_copies=sum(t.unknown for t in traffic),
         truncated=any(r.truncated for r in runs),
+        pending=times * sum(r.memory.pending for r in runs),
+        awaited=times * sum(t.awaited for t in traffic),
     )
 
 

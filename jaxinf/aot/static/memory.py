@@ -13,6 +13,7 @@ from typing import Any
 from jaxinf.aot.static.machine import DMA_LATENCY, Machine
 from jaxinf.aot.static.scalars import POINTER, UNKNOWN, Word, signed
 
+_OPERAND = 1 << 42  # apart lie the addresses of operands
 _STEP = 512  # bytes in which the contiguous pieces of a strided copy are counted
 
 
@@ -32,6 +33,7 @@ class Traffic:
     copies: int = 0
     pieces: int = 0  # contiguous runs of bytes in HBM
     unknown: int = 0  # copies and waits that could not be matched
+    awaited: int = 0  # by waits on semaphores that came as operands: of copies that an earlier operation began
 
 
 class Memory:
@@ -54,19 +56,32 @@ class Memory:
         self._words = words
         self._cells: dict[int, Word] = {}
         self._operands: dict[int, int] = {}
+        self._semaphores: dict[int, str] = {}  # operands that are semaphores: address -> kind
         self._free = 0.0  # when the queue to HBM is empty
         self._flags: dict[Any, list[Arrival]] = defaultdict(list)  # oldest first
         for arrival in shared:
             self._flags[arrival.flag >> 32].append(Arrival(arrival.time, arrival.granules, arrival.flag))
 
-    def operand(self, index: int, kind: str, scalar: bool) -> Word:
+    def operand(self, index: int, kind: str, scalar: bool, semaphore: bool = False) -> Word:
         """A scalar operand's value, or the address of another's first byte."""
         if scalar:
             words = self._words.get(index)
             return words[0] if words else UNKNOWN
-        base = (POINTER if kind == "input" else 2 * POINTER) + (index << 42)
+        base = (POINTER if kind == "input" else 2 * POINTER) + index * _OPERAND
         self._operands[base] = index
+        if semaphore:
+            self._semaphores[base] = kind
         return base
+
+    def _outside(self, flag: Word) -> str | None:
+        """Whether a flag is of an operand, and of which kind."""
+        return None if flag is UNKNOWN else self._semaphores.get(flag & -_OPERAND)
+
+    @property
+    def pending(self) -> int:
+        """Bytes on their way when the run ended, that tell semaphores which are results."""
+        left = (a for queue in self._flags.values() for a in queue if self._outside(a.flag) == "output")
+        return self._granule * sum(a.granules for a in left)
 
     def load(self, address: Word) -> Word:
         return UNKNOWN if address is UNKNOWN else self._cells.get(address, UNKNOWN)
@@ -121,13 +136,21 @@ class Memory:
         if granules is UNKNOWN or (done is None and signed(granules) <= 0):
             return
         when = time if done is None else done
-        if flag is not UNKNOWN and flag >> 48:  # (cores << 13 | flag) << 16 | flag: it arrives at both cores
+        if (
+            flag is not UNKNOWN and flag >> 48 and not self._outside(flag)
+        ):  # (cores << 13 | flag) << 16 | flag: it arrives at both cores
             flag &= 0xFFFF0000FFFF
             self.shared.append(Arrival(when, granules, flag))
         self._flags[semaphore if flag is UNKNOWN else flag >> 32].append(Arrival(when, granules, flag))
 
     def wait(self, time: float, flag: Word, semaphore: int | None, granules: Word) -> float:
-        """Cycles until so many granules have arrived on the flag; an unknown one takes any of its semaphore."""
+        """Cycles until so many granules have arrived on the flag; an unknown one takes any of its semaphore.
+
+        What an earlier operation began has arrived: a `Timeline` says when.
+        """
+        if self._outside(flag) == "input" and granules is not UNKNOWN:
+            self.traffic.awaited += granules * self._granule
+            return 0.0
         queue = self._flags[semaphore if flag is UNKNOWN else flag >> 32]
         when, need = time, granules
         for arrival in list(queue) if flag is not UNKNOWN or semaphore is not None else ():

@@ -92,6 +92,8 @@ class Operation:
     unknown_branches: int
     unknown_copies: int
     truncated: bool
+    pending: int = 0  # of the bytes read, those that it leaves on their way, for a later operation to wait for
+    awaited: int = 0  # bytes of copies that an earlier operation began and that it waits for
 
 
 @dataclass(frozen=True)

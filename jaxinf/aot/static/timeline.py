@@ -3,7 +3,8 @@
 Three things work at once: the core, one queue of copies between HBM and VMEM, and the links to other chips. An
 operation takes as long as its own schedule (`emulator`), or as the bytes that it moves beside copies in flight,
 which share the bandwidth. Asynchronous copies and collectives run from their start to their done; others hold the
-core up. Loops of known length are run twice, and their second trip counts for all that follow.
+core up. Copies that a kernel leaves on their way run until they are through; the kernel that waits for any of them
+begins when all of them are. Loops of known length are run twice, and their second trip counts for all that follow.
 """
 
 from __future__ import annotations
@@ -153,6 +154,8 @@ class _Walk:
         self._inner: set[str] = set()
         self._depth = 0
         self._kinds: dict[str, str] = {}
+        self._sources: dict[str, str] = {}  # of parts of tuples
+        self._unmatched: set[str] = set()
 
     def run(self) -> Timeline:
         self._computation(self._entry, 1)
@@ -163,13 +166,11 @@ class _Walk:
             Part(name, self._kinds[name], round(state.counts[name]), state.seconds[name], state.moved[name])
             for name in longest
         )
-        unknown = tuple(
-            sorted(
-                o.name
-                for o in self._twins.used.values()
-                if (o.truncated or (o.kernel and (o.unknown_copies or not all(l.known for l in o.loops))))
-            )
-        )
+        unclear = {
+            o.name
+            for o in self._twins.used.values()
+            if (o.truncated or (o.kernel and (o.unknown_copies or not all(l.known for l in o.loops))))
+        }
         return Timeline(
             seconds=seconds,
             hbm_seconds=state.bytes / self._bandwidth,
@@ -177,7 +178,7 @@ class _Walk:
             core_seconds=state.busy,
             hbm_bytes=state.bytes,
             parts=parts,
-            unknown=unknown,
+            unknown=tuple(sorted(unclear | self._unmatched)),
             endless=tuple(self._endless),
             inner=len(self._inner),
             missing=tuple(sorted(self._missing, key=lambda name: -self._missing[name])[:_KEPT]),
@@ -191,7 +192,9 @@ class _Walk:
 
     def _instruction(self, i: hlo.Instruction, weight: float) -> None:
         opcode = i.opcode
-        if opcode == "while":
+        if opcode == "get-tuple-element":
+            self._sources[i.name] = i.operands[0]
+        elif opcode == "while":
             self._loop(i, weight)
         elif opcode == "conditional":
             self._branch(i, weight)
@@ -216,7 +219,8 @@ class _Walk:
         state.moved[name] += weight * size
 
     def _operation(self, i: hlo.Instruction, o: Operation, weight: float) -> None:
-        state, size = self._state, o.read + o.written
+        state, size = self._state, o.read + o.written - o.pending
+        waited = self._await(i) if o.awaited else 0.0
         began, queued = state.now, max(0.0, state.memory - state.now)
         # Copies in flight and the operation's own take turns until either is done.
         shared = min(size / self._bandwidth, queued)
@@ -228,7 +232,23 @@ class _Walk:
         state.memory = max(state.memory, began) + size / self._bandwidth if size else state.memory
         state.bytes += size
         state.busy += o.cycles / self._clock
-        self._note(i.name, "kernel" if o.kernel else "fusion", weight, taken, size)
+        if o.pending:
+            state.bytes += o.pending
+            state.memory = max(state.memory, began) + o.pending / self._bandwidth
+            state.pending[i.name] = state.memory
+        kind = "kernel" if o.kernel else "fusion"
+        self._note(i.name, kind, weight, waited + taken, size + o.pending)
+
+    def _await(self, i: hlo.Instruction) -> float:
+        """Seconds until what earlier operations fetch for this one is there."""
+        state = self._state
+        sources = {self._sources.get(name, name) for name in i.operands} & state.pending.keys()
+        if not sources:
+            self._unmatched.add(i.name)
+        arrived = max((state.pending.pop(name) for name in sources), default=state.now)
+        waited = max(0.0, arrived - state.now)
+        state.now += waited
+        return waited
 
     def _copy(self, i: hlo.Instruction, weight: float) -> None:
         state, size = self._state, _crossing(i.shape)

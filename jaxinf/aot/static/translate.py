@@ -198,7 +198,8 @@ class Translator:
             return f"memory.load({self._address(found[1])})" if found else "UNKNOWN"
         if op.startswith("inlined_call_operand"):
             found = re.search(r"index: (\d+), kind: (\w+)", rest)
-            return f"memory.operand({found[1]},{found[2]!r},{'<no' in op})" if found else "UNKNOWN"
+            place = f"{'<no' in op},{op.endswith('.sflag')}"
+            return f"memory.operand({found[1]},{found[2]!r},{place})" if found else "UNKNOWN"
         if op.startswith("scalar_lea"):
             return "(" + "+".join(map(self._value, args)) + ")"
         if op.startswith("int_to_ptr"):

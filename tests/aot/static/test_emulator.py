@@ -126,3 +126,30 @@ def test_pointers_of_operands_differ() -> None:
     addresses += [memory.operand(0, "output", False)]
     assert len(set(addresses)) == 3
     assert min(addresses) >= POINTER
+
+
+def copying(flag: str, kind: str) -> list[str]:
+    return [
+        "%s1_s0 = inlined_call_operand.hbm [shape: bf16[8,128], index: 0, kind: input]",
+        f"%s2_s1 = inlined_call_operand.sflag [shape: s32[3], index: 2, kind: {kind}]",
+        "%s3_s2 = scalar_lea.sflag %s2_s1, 1",
+        f"%2 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s1_s0, /*size_in_granules=*/{GRANULES}, "
+        f"/*vmem=*/[#allocation3], /*dst_syncflagno=*/{flag}, /*src_stride=*/512, /*dst_stride=*/128, "
+        "/*steps_per_stride=*/8",
+    ]
+
+
+def test_copies_that_tell_a_result_are_left_on_their_way() -> None:
+    found = emulator.run(program(*copying("%s3_s2", "output")))
+    assert found.memory.pending == found.memory.traffic.read == BYTES
+    assert found.time == found.cycles
+    assert not found.memory.traffic.unknown
+    assert emulator.run(program(*copying("[#allocation4]", "output"))).memory.pending == 0
+
+
+def test_a_wait_for_what_came_before_costs_nothing_here() -> None:
+    wait = f"%57 = dma.done.wait %s3_s2, {GRANULES}"
+    found = emulator.run(program(*copying("[#allocation4]", "input"), wait))
+    assert found.memory.traffic.awaited == BYTES
+    assert found.time == found.cycles
+    assert not found.memory.traffic.unknown

@@ -114,3 +114,40 @@ def test_a_collective_in_a_fusion_of_its_own() -> None:
     made = timeline(text, {}, clock=CLOCK, bandwidth=BANDWIDTH, collective=lambda i: seen.append(i) or TOLD)
     assert made.seconds == pytest.approx(TOLD)
     assert [i.opcode for i in seen] == ["reduce-scatter"]
+
+
+FETCH = "  %fetch = (s8[1000]{0:S(1)}, s32[1]{0:S(2)}) custom-call(%w)"
+PARTS = """\
+  %buffer = s8[1000]{0:S(1)} get-tuple-element(%fetch), index=0
+  %flag = s32[1]{0:S(2)} get-tuple-element(%fetch), index=1"""
+SUM = "  %r = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add"
+USE = "  %use = f32[8]{0} custom-call(%r, %buffer, %flag)"
+
+
+def fetched(pending: int, rest: int = 0):
+    fetch = operation("fetch", 10, read=pending, time=10.0, kernel=True, pending=pending)
+    use = operation("use", 100, read=rest, kernel=True, awaited=pending)
+    return run("\n".join((FETCH, PARTS, SUM, USE)), fetch, use)
+
+
+def test_what_a_kernel_leaves_on_its_way_travels_beside_a_collective() -> None:
+    """The collective takes 5000 ns, a byte a nanosecond."""
+    made = fetched(4000)
+    assert made.seconds == pytest.approx(10e-9 + TOLD + 100e-9)
+    assert made.hbm_bytes == 4000
+    assert made.unknown == ()
+
+
+def test_what_has_not_come_by_then_is_waited_for() -> None:
+    made = fetched(7000)
+    assert made.seconds == pytest.approx((7000 + 100) * 1e-9)
+    assert next(p for p in made.parts if p.name == "use").seconds == pytest.approx((7000 - 5010 + 100) * 1e-9)
+
+
+def test_no_more_comes_during_a_collective_than_the_bandwidth_allows() -> None:
+    for pending in (1000, 5000, 9000):
+        assert fetched(pending, rest=3000).seconds >= (pending + 3000) * 1e-9
+
+
+def test_waiting_for_what_nobody_began_is_named() -> None:
+    assert run(A, operation("a", 10, kernel=True, awaited=100)).unknown == ("a",)
