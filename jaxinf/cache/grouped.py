@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxinf.cache import nibbles
 from jaxinf.cache.blocks import Partial, add_blocks, attend_in_blocks, attend_masked, cut, with_sinks
-from jaxinf.cache.store import Store, after, before, one_layer, read_layer
+from jaxinf.cache.store import Store, after, before, floats, pick, read_layer
 from pallas_kernels import cache_append, chips, flash_attention
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.masks import ring_positions
@@ -20,7 +20,7 @@ GROUP = 64
 """Consecutive tokens whose keys share a range in each channel."""
 
 RECENT = 2 * GROUP
-"""Latest tokens whose keys are kept as they are: those of a group that is not over, and what may be taken back."""
+"""Latest tokens of which floats are kept: those of a group that is not over, and what may be taken back."""
 
 
 def boundary(lengths: jax.Array) -> jax.Array:
@@ -44,7 +44,7 @@ class Grouped(Store):
 
     k, v: int8 `[.., B, K, S, D / 2]`, two channels a number; S a multiple of `GROUP`.
     k_range: float32 `[.., B, K, S / GROUP, D]`. v_range: float32 `[.., B, K, S]`.
-    recent: `[.., B, K, RECENT, D]`, keys; token p in slot p mod RECENT.
+    recent_k, recent_v: `[.., B, K, RECENT, D]`, keys, and values as they are read; token p in slot p mod RECENT.
     """
 
     grouped: ClassVar[bool] = True
@@ -53,7 +53,8 @@ class Grouped(Store):
     v: jax.Array
     k_range: jax.Array
     v_range: jax.Array
-    recent: jax.Array
+    recent_k: jax.Array
+    recent_v: jax.Array
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype) -> Grouped:
@@ -64,7 +65,7 @@ class Grouped(Store):
         slots += -slots % whole
         k, v = (jnp.zeros((*lead, slots, dim // 2), jnp.int8) for _ in range(2))
         ranges = jnp.zeros((*lead, slots // GROUP, dim), jnp.float32), jnp.zeros((*lead, slots), jnp.float32)
-        return cls(k, v, *ranges, jnp.zeros((*lead, RECENT, dim), dtype))
+        return cls(k, v, *ranges, *(jnp.zeros((*lead, RECENT, dim), dtype) for _ in range(2)))
 
     @property
     def slots(self) -> int:
@@ -81,15 +82,15 @@ class Grouped(Store):
         over = boundary(starts + counts) - first  # tokens of the groups that are over now
         groups = (GROUP - 1 + tokens) // GROUP
         if tokens <= RECENT - GROUP:
-            recent = cache_append(self.recent, k, layer, starts, counts=counts, ring=True)
-            keys = self._recent(recent, layer, first, groups * GROUP, k.dtype)
+            recent_k = cache_append(self.recent_k, k, layer, starts, counts=counts, ring=True)
+            keys = recent(recent_k, layer, first, groups * GROUP, k.dtype)
         else:
-            old = self._recent(self.recent, layer, first, GROUP, k.dtype)
+            old = recent(self.recent_k, layer, first, GROUP, k.dtype)
             at = jnp.arange(groups * GROUP)
             waited = (starts - first)[:, None]
             at = jnp.minimum(jnp.where(at < waited, at, GROUP + at - waited), GROUP + tokens - 1)
             keys = jnp.take_along_axis(jnp.concatenate([old, k], axis=2), at[:, None, :, None], axis=2)
-            recent = cache_append(self.recent, k, layer, starts, counts=after(counts, keys), ring=True)
+            recent_k = cache_append(self.recent_k, k, layer, starts, counts=after(counts, keys), ring=True)
         codes, ranges = nibbles.encode(keys.reshape(*keys.shape[:2], groups, GROUP, -1), 3)
         codes = nibbles.pack(codes.reshape(keys.shape))
         k_codes = cache_append(self.k, codes, layer, first, counts=over, ring=ring)
@@ -97,7 +98,9 @@ class Grouped(Store):
         codes, ranges = nibbles.encode(v, 3)
         options: dict[str, Any] = dict(counts=counts, ring=ring, scales=self.v_range, new_scales=ranges)
         v_codes, v_range = cache_append(self.v, nibbles.pack(codes), layer, starts, **options)
-        return Grouped(k_codes, v_codes, k_range, v_range, recent)
+        seen = nibbles.decode(codes, ranges[..., None]).astype(v.dtype)
+        recent_v = cache_append(self.recent_v, seen, layer, starts, counts=counts, ring=True)
+        return Grouped(k_codes, v_codes, k_range, v_range, recent_k, recent_v)
 
     def rounded_keys(self, k, starts, counts):
         tokens = k.shape[2]
@@ -141,8 +144,7 @@ class Grouped(Store):
         first = jnp.int32(0) if window is None or ring else jnp.maximum(jnp.min(query) - window + 1, 0)
         grouped = add_blocks(q, block, self.slots, first, jnp.max(boundary(lengths)))
         tokens = ring_positions(lengths, RECENT, jnp.arange(RECENT))
-        keys = read_layer(self.recent, layer, q.dtype)
-        values = self._values(layer, jnp.where(tokens < 0, 0, tokens) % self.slots, q.dtype)
+        keys, values = (read_layer(x, layer, q.dtype) for x in (self.recent_k, self.recent_v))
         whole = add_partial(grouped, part(keys, values, tokens, tokens[:, None] >= complete))
         return with_sinks(whole, sinks, q.dtype, return_lse)
 
@@ -155,25 +157,24 @@ class Grouped(Store):
 
         grouped = attend_in_blocks(q, widen, self.slots, lengths=complete, q_offset=q_offset, **mask)
         at = complete[:, None] + jnp.arange(GROUP)
-        keys = turn(self._recent(self.recent, layer, complete, GROUP, q.dtype), at)
-        values = self._values(layer, jnp.minimum(at, self.slots - 1), q.dtype)
+        keys, values = (recent(x, layer, complete, GROUP, q.dtype) for x in (self.recent_k, self.recent_v))
         first = jnp.zeros_like(lengths) if q_offset is None else q_offset
         window, causal = mask.pop("window", None), mask.pop("causal", True)
         sides = window if causal or window is None else (window - 1, None)
         given: dict[str, Any] = dict(q_offset=first - complete, lengths=lengths - complete, causal=causal)
-        rest = flash_attention(q, keys, values, return_lse=True, window=sides, **given, **mask)
+        rest = flash_attention(q, turn(keys, at), values, return_lse=True, window=sides, **given, **mask)
         return with_sinks(add_partial(grouped, rest), sinks, q.dtype, return_lse)
 
     def latest(self, starts, count, *, layer, dtype, turn):
         tokens = before(starts, count)
         at = jnp.where(tokens < 0, 0, tokens) % self.slots
-        codes = jnp.take_along_axis(one_layer(self.k, layer), at[:, None, :, None], axis=2)
-        ranges = jnp.take_along_axis(one_layer(self.k_range, layer), (at // GROUP)[:, None, :, None], axis=2)
+        codes, ranges = pick(self.k, layer, at), pick(self.k_range, layer, at // GROUP)
         k = nibbles.decode(nibbles.unpack(codes), ranges).astype(dtype)
-        slot = jnp.where(tokens < 0, 0, tokens) % RECENT
-        recent = jnp.take_along_axis(read_layer(self.recent, layer, dtype), slot[:, None, :, None], axis=2)
+        codes, ranges = pick(self.v, layer, at), pick(self.v_range, layer, at)
+        v = nibbles.decode(nibbles.unpack(codes), ranges[..., None]).astype(dtype)
+        waiting = floats(pick(self.recent_k, layer, jnp.where(tokens < 0, 0, tokens) % RECENT), dtype)
         over = (tokens < boundary(starts)[:, None])[:, None, :, None]
-        return turn(jnp.where(over, k, recent), tokens), self._values(layer, at, dtype)
+        return turn(jnp.where(over, k, waiting), tokens), v
 
     def _block(self, layer, start, size: int, dtype) -> tuple[jax.Array, jax.Array]:
         """Keys, not rotated, and values of some slots, `[B, K, size, D]`."""
@@ -186,17 +187,11 @@ class Grouped(Store):
         )
         return k.astype(dtype), v.astype(dtype)
 
-    def _values(self, layer, at: jax.Array, dtype) -> jax.Array:
-        """Values of the slots `at` int32 [B, n]."""
-        codes = jnp.take_along_axis(one_layer(self.v, layer), at[:, None, :, None], axis=2)
-        ranges = jnp.take_along_axis(one_layer(self.v_range, layer), at[:, None], axis=2)
-        return nibbles.decode(nibbles.unpack(codes), ranges[..., None]).astype(dtype)
-
-    def _recent(self, recent: jax.Array, layer, first: jax.Array, count: int, dtype) -> jax.Array:
-        """Keys of `count` tokens from `first` on, as far as they are recent; not rotated."""
-        at = (first[:, None] + jnp.arange(count)) % RECENT
-        return jnp.take_along_axis(read_layer(recent, layer, dtype), at[:, None, :, None], axis=2)
-
     def map_rows(self, change):
         axis = self.k.ndim - 4
         return Grouped(*(change(x, axis) for x in vars(self).values()))
+
+
+def recent(stored: jax.Array, layer, first: jax.Array, count: int, dtype) -> jax.Array:
+    """What is kept of `count` tokens from `first` int32 [B] on, as far as they are recent."""
+    return floats(pick(stored, layer, (first[:, None] + jnp.arange(count)) % RECENT), dtype)

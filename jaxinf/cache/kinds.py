@@ -37,8 +37,8 @@ def slot_bytes(kind: str | None, head_dim: int, dtype) -> float:
 
 
 def row_bytes(kind: str | None, head_dim: int, dtype) -> float:
-    """Bytes of a row in one head of one layer besides those of its tokens."""
-    return float(RECENT * head_dim * jnp.dtype(dtype).itemsize) if kind == "int4" else 0.0
+    """Bytes of a row in one head of one layer besides those of its tokens, keys and values together."""
+    return float(2 * RECENT * head_dim * jnp.dtype(dtype).itemsize) if kind == "int4" else 0.0
 
 
 def ring_spare(kind: str | None) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinf.cache.blocks import attend_in_blocks, cut, with_sinks
-from jaxinf.cache.store import Store, before, one_layer
+from jaxinf.cache.store import Store, before, pick
 from pallas_kernels import cache_append, chips, flash_decode
 from pallas_kernels.cache_append import dequantize_tokens, quantize_tokens
 from pallas_kernels.stored import from_bits, to_bits
@@ -81,13 +81,10 @@ class Scaled(Store):
         return with_sinks(attend_in_blocks(q, widen, self.slots, **options), sinks, q.dtype, return_lse)
 
     def latest(self, starts, count, *, layer, dtype, turn):
-        at = (before(starts, count) % self.slots)[:, None]
+        at = before(starts, count) % self.slots
 
         def one(codes, scales):
-            codes = jnp.take_along_axis(one_layer(codes, layer), at[..., None], axis=2)
-            return dequantize_tokens(
-                self._codes(codes), jnp.take_along_axis(one_layer(scales, layer), at, axis=2), dtype
-            )
+            return dequantize_tokens(self._codes(pick(codes, layer, at)), pick(scales, layer, at), dtype)
 
         return one(self.k, self.k_scale), one(self.v, self.v_scale)
 

@@ -111,10 +111,7 @@ class Floats(Store):
 
     def latest(self, starts, count, *, layer, dtype, turn):
         at = before(starts, count) % self.slots
-        k, v = (
-            jnp.take_along_axis(read_layer(x, layer, dtype), at[:, None, :, None], axis=2) for x in (self.k, self.v)
-        )
-        return k, v
+        return floats(pick(self.k, layer, at), dtype), floats(pick(self.v, layer, at), dtype)
 
     def map_rows(self, change):
         return dataclasses.replace(self, **{name: change(x, x.ndim - 4) for name, x in vars(self).items()})
@@ -127,12 +124,25 @@ def before(starts: jax.Array, count: int) -> jax.Array:
 
 def read_layer(stored: jax.Array, layer, dtype) -> jax.Array:
     """`[B, K, S, D]` in `dtype` of a cache that may be stacked and may hold the bits of bfloat16."""
-    stored = one_layer(stored, layer)
-    return (from_bits(stored, jnp.bfloat16) if stored.dtype == BFLOAT16_BITS else stored).astype(dtype)
+    return floats(one_layer(stored, layer), dtype)
 
 
 def one_layer(x: jax.Array, layer) -> jax.Array:
     return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+
+
+def floats(stored: jax.Array, dtype) -> jax.Array:
+    """`stored`, which may hold the bits of bfloat16, in `dtype`."""
+    return (from_bits(stored, jnp.bfloat16) if stored.dtype == BFLOAT16_BITS else stored).astype(dtype)
+
+
+def pick(x: jax.Array, layer, at: jax.Array) -> jax.Array:
+    """Slots `at` int32 `[B, n]` of a layer of `x [.., B, K, S, ...]`: `[B, K, n, ...]`.
+
+    Copies the layer: a gather from the stack would have a TPU lay out all of it in another way.
+    """
+    x = one_layer(x, layer)
+    return jnp.take_along_axis(x, at.reshape(at.shape[0], 1, at.shape[1], *[1] * (x.ndim - 3)), axis=2)
 
 
 def after(x: jax.Array, result: jax.Array) -> jax.Array:

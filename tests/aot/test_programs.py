@@ -45,6 +45,32 @@ def test_a_few_layers_on_eight_chips():
     assert program.cache == pytest.approx(whole / 8, rel=0.01)
 
 
+def few_layers(repeats: int):
+    spec = presets.preset("llama-3.1-8b")
+    return dataclasses.replace(spec, segments=(dataclasses.replace(spec.segments[0], repeats=repeats),), vocab=4096)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "share"),
+    [
+        ("int8", "tensor=8", 0.516),
+        pytest.param("fp8", "tensor=2,sequence=4", 0.516, marks=SLOW),
+        pytest.param("int4", "tensor=8", 0.28, marks=SLOW),
+    ],
+)
+def test_narrow_caches_are_written_in_place(kind, mesh, share):
+    """Prefill in pieces and the decode loop. share: of what bfloat16 takes, scales and tiles included."""
+    options = dict(batch=4, prompt=256, new_tokens=16, capacity=131_072, piece=64)
+    program = programs.generation(few_layers(2), chip="v5e:2x4", mesh=mesh, cache=kind, **options)
+    assert program.compiled.memory.aliases >= program.cache
+    assert program.temporaries < 0.1
+    whole = 2 * 2 * 8 * 131_072 * 128 * 2 * 4  # keys and values, layers, heads, slots, channels, bytes, rows
+    assert program.cache < share * whole / 8
+
+
 def test_a_mesh_that_does_not_divide():
     with pytest.raises(InputError, match="heads=32"):
         programs.generation("llama-3.1-8b", chip="v5e:2x4", mesh="tensor=3")

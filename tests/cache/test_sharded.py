@@ -216,8 +216,9 @@ def test_narrow_rows_over_chips_that_share_a_head(kind: str, small_groups) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [pytest.param("int8", dict(sequence=2, tensor=4), marks=SLOW), ("int4", dict(sequence=2))]
+    ("kind", "sizes"), [("int8", dict(sequence=2, tensor=4)), ("int4", dict(sequence=2))], ids=str
 )
+@pytest.mark.slow
 def test_narrow_windows_whole_on_every_chip(kind: str, sizes: dict, small_groups) -> None:
     group = max(1, sizes.get("tensor", 1) // KV_HEADS)
 
@@ -229,7 +230,8 @@ def test_narrow_windows_whole_on_every_chip(kind: str, sizes: dict, small_groups
     same(sizes, make, plain_of(rolling, kind), "window", back={2: [21, 6, 24, 2]})
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=SLOW), "int4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_narrow_attention_sinks_on_every_chip(kind: str, small_groups) -> None:
     make = plain_of(with_sinks, kind)
     same(dict(sequence=2), make, make, "plain", back={})

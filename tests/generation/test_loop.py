@@ -195,6 +195,16 @@ DENSE, ROLLING, SINKS = (
 )
 
 
+# Narrow caches are smaller beside the same blocks that are widened.
+NARROW = [
+    ("list", DENSE | dict(kind="int8"), 60, "bfloat16"),
+    ("stacked", ROLLING | dict(kind="int8"), 60, "float32"),
+    ("stacked", DENSE | dict(kind="fp8"), 60, "float32"),
+    ("stacked", DENSE | dict(kind="int4"), 100, "float32"),
+    ("stacked", ROLLING | dict(kind="int4"), 100, "float32"),
+]
+
+
 @pytest.mark.parametrize(
     ("layout", "kind", "layers", "dtype"),
     [
@@ -205,6 +215,8 @@ DENSE, ROLLING, SINKS = (
         ("stacked", SINKS, 20, "float32"),
         ("list", DENSE, 40, "bfloat16"),
         ("stacked", DENSE, 40, "bfloat16"),
+        ("stacked", DENSE | dict(kind="int8"), 60, "float32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in NARROW),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
 )

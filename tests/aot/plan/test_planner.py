@@ -50,11 +50,23 @@ def test_no_other_mesh_is_faster() -> None:
         assert plan(llama(quantize="int8"), "v5e-16", mesh=mesh).decode.step_seconds > made.decode.step_seconds
 
 
+def test_a_narrow_cache_makes_room() -> None:
+    """Twice the rows in half the bytes, nearly four times in a quarter, less what activations take."""
+    rows = {kind: plan(llama(context=8192, cache=kind), "v5e-16").largest_batch for kind in (None, "int8", "int4")}
+    assert 1.7 * rows[None] < rows["int8"] <= 2 * rows[None]
+    assert 2.9 * rows[None] < rows["int4"] <= 4 * rows[None]
+    with pytest.raises(InputError, match="cache='int2' must be 'int8', 'fp8', 'int4'"):
+        plan(llama(cache="int2"), "v5e-16")
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     made = plan(llama(), "v5e-4")
     assert not made.fits
     assert made.per_chip.free < 0
     assert made.remedy == "--quantize int4 or --tpu v5e-16"
+    long = plan(llama(batch=64, context=8192), "v5e-16")
+    assert "--cache int8" in long.remedy
+    assert plan(llama(batch=64, context=8192, cache="int8"), "v5e-16").fits
     assert (made.largest_batch, made.largest_context) == (0, 0)
     again = plan(llama(), "v5e-16")
     assert again.fits
