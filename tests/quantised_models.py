@@ -65,6 +65,24 @@ def with_everything(model: CausalLM) -> CausalLM:
     return changed(model, change)
 
 
+def stacked(model: CausalLM) -> CausalLM:
+    """A listed model of one segment, stacked."""
+    (segment,) = model.spec.segments
+    period = len(segment.period)
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    graph, state = nnx.split(CausalLM(model.spec, rngs=nnx.Rngs(0), layout="stacked"))
+    made = []
+    for path, variable in nnx.to_flat_state(state):
+        if path[0] != "segments":
+            made.append((path, flat[path]))
+            continue
+        *head, slot = path[:4]
+        rows = [flat[(*head, slot + r * period, *path[4:])].get_value() for r in range(segment.repeats)]
+        whole = jax.tree.map(lambda *parts: jnp.asarray(np.stack([np.asarray(p) for p in parts])), *rows)
+        made.append((path, variable.replace(whole)))
+    return nnx.merge(graph, nnx.from_flat_state(made))
+
+
 def arrays(model: CausalLM) -> dict[str, tuple]:
     """The bits of all arrays, by path."""
     found = {}

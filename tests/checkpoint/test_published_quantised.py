@@ -191,22 +191,25 @@ def gptq(
     bits: int, *, v2: bool = False, symmetric: bool = True, ordered: bool = False, index: bool = True
 ) -> Writer:
     """ModelCloud/GPTQModel, gptqmodel/nn_modules/qlinear/__init__.py (pack): codes of a column, row after row, in
-    int32 along the inputs; zero points along the outputs, less 1 unless checkpoint_format is gptq_v2."""
+    int32 along the inputs; zero points along the outputs, off whose words a word of ones is taken unless
+    checkpoint_format is gptq_v2 (utils/model.py, convert_gptq_v2_to_v1_format)."""
 
     def writer(name, rng, shape):
         count = shape[1] // GROUP
         codes = rng.integers(0, 2**bits, shape)
-        low = 0 if v2 else 1
-        zeros = rng.integers(low, 2**bits, (shape[0], count))
+        zeros = rng.integers(0, 2**bits, (shape[0], count))
         if symmetric:
             zeros[:] = 2 ** (bits - 1)
         scales = scales_of(rng, zeros.shape) / np.float16(2 ** (bits - 4) if bits > 4 else 1)
         groups = np.repeat(np.arange(count), GROUP)
         if ordered:
             groups = rng.permutation(groups)
+        packed = words(zeros.T, bits).view(np.uint32)
+        if not v2:
+            packed = packed - np.uint32({2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits])
         stored = {
             f"{name}.qweight": words(codes, bits).T,
-            f"{name}.qzeros": words(zeros.T - low, bits),
+            f"{name}.qzeros": packed.view(np.int32),
             f"{name}.scales": scales.T,
         }
         if index:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import together
-from quantised_models import DENSE, SPARSE, arrays, changed, dequantised, model, rounded, with_everything
+from quantised_models import DENSE, SPARSE, arrays, changed, dequantised, model, rounded, stacked, with_everything
 
 from jaxinf import compression
 from jaxinf.checkpoint import convert, load, rounding, save, save_orbax
@@ -47,7 +47,8 @@ def test_low_bits_come_first() -> None:
 @pytest.fixture(scope="module")
 def everything() -> dict:
     """Models with matrices in every format: `(spec's name, layout)`."""
-    return {layout: with_everything(model(SPARSE, layout)) for layout in ("list", "stacked")}
+    made = with_everything(model(SPARSE))
+    return {"list": made, "stacked": stacked(made)}
 
 
 @pytest.mark.parametrize("write", [save, save_orbax])
@@ -176,7 +177,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("scheme", FORMATS)
 def test_rounded_while_read_is_what_rounding_makes_of_it(scheme: str, published: dict[str, Path]) -> None:
-    for name, layout in [("sparse", "stacked")] + [("dense", "list")] * (scheme in ("int8", "int4")):
+    both = [("sparse", "stacked"), ("dense", "list")]
+    for name, layout in both[1:] if scheme.startswith("kmeans") else both if scheme == "int8" else both[:1]:
         want = compression.quantize(load(published[name], layout=layout).model, scheme)
         assert arrays(load(published[name], layout=layout, quantize=scheme).model) == arrays(want), layout
 
@@ -249,25 +251,27 @@ def note(self, name, view):
     touched[name] = touched.get(name, 0) + view.nbytes
     expect(self, name, view)
 MappedTensors.expect = note
-model = load(arguments[0], mesh="tensor=8", layout="list", quantize=arguments[1] or None).model
-q = model.segments[0].blocks[0].ffn.up.kernel.get_value()
-down = model.segments[0].blocks[0].ffn.down.kernel.get_value()
-tell(touched=touched, values=hosts.fetch(q.values).tolist(), scales=hosts.fetch(down.scales).tolist())
+found = {}
+for folder, scheme in ((arguments[0], "int8"), (arguments[1], None)):
+    touched.clear()
+    ffn = load(folder, mesh="tensor=8", layout="list", quantize=scheme).model.segments[0].blocks[0].ffn
+    up, down = ffn.up.kernel.get_value(), ffn.down.kernel.get_value()
+    arrays = dict(values=hosts.fetch(up.values).tolist(), scales=hosts.fetch(down.scales).tolist())
+    found["rounded" if scheme else "kept"] = dict(arrays, touched=dict(touched))
+tell(**found)
 """
 
 
-@pytest.mark.parametrize("scheme", ["int8", ""])
-def test_each_process_reads_the_columns_that_its_devices_hold(scheme: str, tmp_path: Path) -> None:
+def test_each_process_reads_the_columns_that_its_devices_hold(tmp_path: Path) -> None:
     layer = LayerSpec(AttentionSpec(8, 8, 8, rope=RopeSpec(8)), FFNSpec(64))
     plain = model(ModelSpec(40, 64, fold([layer]), 64))
     whole = compression.quantize(plain, "int8")
-    folder = save(tmp_path / "model", plain if scheme else whole)
+    folders = str(save(tmp_path / "plain", plain)), str(save(tmp_path / "whole", whole))
     ffn = whole.segments[0].blocks[0].ffn
-    ending = "" if scheme else ".values"
-    for found in together(READS, tmp_path, (str(folder), scheme)):
-        assert found["values"] == ffn.up.kernel.get_value().values.tolist()
-        np.testing.assert_array_equal(found["scales"], ffn.down.kernel.get_value().scales)
-        size = 64 * 64 * (4 if scheme else 1)
-        assert found["touched"][f"layers.0.ffn.up.kernel{ending}"] == size // 2
-        if not scheme:
-            assert found["touched"][f"layers.0.ffn.down.kernel{ending}"] == size // 2
+    for told in together(READS, tmp_path, folders):
+        for found in told.values():
+            assert found["values"] == ffn.up.kernel.get_value().values.tolist()
+            np.testing.assert_array_equal(found["scales"], ffn.down.kernel.get_value().scales)
+        assert told["rounded"]["touched"]["layers.0.ffn.up.kernel"] == 64 * 64 * 4 // 2
+        assert told["kept"]["touched"]["layers.0.ffn.up.kernel.values"] == 64 * 64 // 2
+        assert told["kept"]["touched"]["layers.0.ffn.down.kernel.values"] == 64 * 64 // 2

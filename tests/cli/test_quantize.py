@@ -15,7 +15,7 @@ from jaxinf import compression
 from jaxinf.checkpoint import load, save
 from jaxinf.checkpoint.tensors import open_tensors
 from jaxinf.cli import output
-from jaxinf.compression import Calibration
+from jaxinf.compression import Calibration, stored
 from jaxinf.compression.stored import quantize_folder
 from pallas_kernels.errors import CheckpointError
 
@@ -177,6 +177,7 @@ def test_ctrl_c_keeps_what_is_done(run, source: Path, tmp_path: Path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == [".narrow.unfinished"]
 
 
+@pytest.mark.slow
 def test_generate_rounds_while_it_loads(run, checkpoint: Path) -> None:
     code, out, err = run("generate", "import ", "--model", checkpoint, "--quantize", "int8", "--max-new-tokens", 3)
     assert code == 0, err
@@ -240,6 +241,22 @@ def test_calibrated_layer_by_layer(scheme: str, source: Path, tmp_path: Path, ca
     assert json.loads((target / "config.json").read_text())["quantization"]["scheme"] == scheme
 
 
+def test_calibration_text_is_taken_from_files(run, checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(stored, "quantize_folder", lambda *_, **options: given.append(options["calibration"]))
+    for name, text in (("a", "import os\n" * 10), ("b", "import sys\n" * 10)):
+        (tmp_path / name).write_text(text)
+    files = ["--calibration", tmp_path / "a", tmp_path / "b", "--rows", 2, "--length", 32]
+    assert run("quantize", checkpoint, tmp_path / "narrow", "--scheme", "awq", *files)[0] == 0
+    assert given[0].tokens.shape == (2, 32)
+    (tmp_path / "c").write_bytes(b"\xff")
+    files[1] = tmp_path / "c"
+    code, _, err = run("quantize", checkpoint, tmp_path / "narrow", "--scheme", "awq", *files)
+    assert code == 2
+    assert "c is not UTF-8 text" in err
+
+
+@pytest.mark.slow
 def test_calibrated_with_files(run, checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("import os\nprint(os.getcwd())\n" * 20)

@@ -32,7 +32,6 @@ def test_while_loading_or_after(folder: Path, loaded: LM) -> None:
     assert arrays(after.model) == arrays(loaded.model)
     assert arrays(plain.model) == before
     assert isinstance(loaded.model.segments[0].blocks[0].ffn.up.kernel.get_value(), QTensor)
-    assert after.generate(PROMPT, 6).tokens == loaded.generate(PROMPT, 6).tokens
     near = np.abs(loaded.logits([PROMPT]) - plain.logits([PROMPT])).max()
     assert 0 < near < 0.05 * np.abs(plain.logits([PROMPT])).max()
 

@@ -5,7 +5,8 @@
     scales  float16 [groups, out]            w = (q - z) * s
     g_idx   int32 [in]                       the group of each row; with `desc_act` groups are no neighbours
 
-`checkpoint_format` "gptq" (and none) stores z - 1, "gptq_v2" z itself. With `sym`, z is half the codes' number
+`checkpoint_format` "gptq" (and none) stores z - 1, taken off whole words, so that a 0 borrows from its neighbour;
+"gptq_v2" stores z itself. With `sym`, z is half the codes' number
 (ModelCloud/GPTQModel, gptqmodel/nn_modules/qlinear and utils/model.py: convert_gptq_v1_to_v2_format).
 """
 
@@ -32,13 +33,13 @@ from jaxinf.checkpoint.tensors import Tensors
 from pallas_kernels.errors import CheckpointError
 
 _OFFSET = {"gptq": 1, "gptq_v2": 0}
-"""What is to be added to a stored zero point."""
+"""What is to be added to a stored zero point, of every code of a word at once."""
 
 
 def read(section: Config, tensors: Tensors) -> Decoding:
     bits = section.int("bits")
     code_dtype(bits)
-    offset = section.choose(_OFFSET, "checkpoint_format", default="gptq")
+    offset = section.choose(_OFFSET, "checkpoint_format", "format", default="gptq")
     section.only("rotation", None, False, "")
     symmetric = section.bool("sym", default=True)
     out = Decoding(Quantization("gptq"))
@@ -109,5 +110,6 @@ class _Module:
         return wide[:, 0] if wide.shape[1] == 1 else wide
 
     def _zeros(self) -> np.ndarray:
-        stored = codes_of_words(self.tensors.read(f"{self.at}.qzeros"), self.bits)
-        return stored.T.astype(np.float32) + self.offset - 2 ** (self.bits - 1)
+        each = sum(self.offset << at for at in range(0, 32, self.bits))
+        whole = self.tensors.read(f"{self.at}.qzeros").view(np.uint32) + np.uint32(each)
+        return codes_of_words(whole, self.bits).T.astype(np.float32) - 2 ** (self.bits - 1)
