@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         context=context,
         prompt=args.prompt or max(1, context // 2),
         dtype=args.dtype or found.dtype,
-        quantize=args.quantize,
+        quantize=args.quantize or found.quantize,
         cache=args.cache,
     )
     slices = args.compare.split(",") if args.compare else [args.tpu]
