@@ -56,6 +56,11 @@ class Fold:
         channels = max(self.repeat) + 1
         return reduce(of_rows[..., order].reshape(*of_rows.shape[:-1], channels, -1), axis=-1)
 
+    def touches(self, name: str) -> bool:
+        """Whether `apply` reads or changes a parameter of the block."""
+        own = ("scale", "bias") if self.kind == "norm" else ("bias",)
+        return name in (self.source, *self.into, f"{self.source}_bias", *(f"{self.source}.{of}" for of in own))
+
     def apply(self, weights: Weights, s: jax.Array) -> jax.Array:
         """Divides the source by `s [..., channels]` and multiplies the rows of `into`, in place; gives s.
 

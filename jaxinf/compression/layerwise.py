@@ -132,14 +132,19 @@ def _fold(
         kinds: set[Method] = {chosen[name].method for name in own}
         search = _smooth if kinds == {"smoothquant"} else _salient
         s = search(fold, own, weights, stats, chosen, settings)
-        s = fold.apply(weights, s)
-        rows = fold.spread(s)
-        for name in fold.into:
-            if name in stats:
-                stats[name] = _scaled(stats[name], rows)
+        touched = {name: w for name, w in weights.items() if fold.touches(name)}
+        fed = {name: stats[name] for name in fold.into if name in stats}
+        moved, scaled = _moved(fold, touched, fed, s)
+        weights.update(moved)
+        stats.update(scaled)
 
 
-@jax.jit
+@partial(jax.jit, static_argnums=0)
+def _moved(fold: Fold, weights: Weights, stats: dict[str, Stats], s: jax.Array):
+    s = fold.spread(fold.apply(weights, s))
+    return weights, {name: _scaled(of, s) for name, of in stats.items()}
+
+
 def _scaled(stats: Stats, s: jax.Array) -> Stats:
     """Of inputs that are divided by s."""
     gram = stats.gram
@@ -158,39 +163,46 @@ def _inputs(fold: Fold, name: str, stats: Mapping[str, Stats]) -> Stats:
 
 
 def _smooth(fold: Fold, own: list[str], weights: Weights, stats, chosen, settings: Settings) -> jax.Array:
-    largest = jnp.stack([_inputs(fold, name, stats).largest for name in own]).max(0)
-    matrices = [weights[name] for name in own]
-    if fold.kind == "norm":
+    largest = tuple(_inputs(fold, name, stats).largest for name in own)
+    return _smoothed_channels(fold, settings.alpha, largest, tuple(weights[name] for name in own))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _smoothed_channels(fold: Fold, alpha: float, largest, matrices) -> jax.Array:
+    if fold.kind == "norm":  # which experts share
         matrices = [jnp.moveaxis(w, -2, 0).reshape(w.shape[-2], -1) for w in matrices]
-        rows = [jnp.max(jnp.abs(w.astype(jnp.float32)), -1, keepdims=True) for w in matrices]
-    else:
-        rows = [jnp.max(jnp.abs(w.astype(jnp.float32)), -1, keepdims=True) for w in matrices]
-    rows = [fold.gather(r[..., 0], jnp.max)[..., None] for r in rows]
-    return smoothquant.scales(fold.gather(largest, jnp.max), rows, settings.alpha)
+    rows = [jnp.max(jnp.abs(w.astype(jnp.float32)), axis=-1) for w in matrices]
+    s = [fold.gather(jnp.max(jnp.stack(of), axis=0), jnp.max) for of in (list(largest), rows)]
+    return smoothquant.scales(s[0], s[1], alpha)
 
 
 def _salient(fold: Fold, own: list[str], weights: Weights, stats, chosen, settings: Settings) -> jax.Array:
-    mean = fold.gather(_inputs(fold, own[0], stats).mean, jnp.mean)
-    tried = awq.candidates(mean)
-    of = [(weights[n].astype(jnp.float32), stats[n].gram, chosen[n].group, chosen[n].bits) for n in own]
+    mean = _inputs(fold, own[0], stats).mean
+    products = tuple((weights[name], stats[name].gram) for name in own)
+    bits = tuple(chosen[name].bits for name in own)
+    return _searched_channels(fold, tuple(chosen[name].group for name in own), bits, mean, products)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _searched_channels(fold: Fold, groups: tuple[int, ...], bits: tuple[int, ...], mean, products) -> jax.Array:
+    """Scales `[..., channels]`, of those that AWQ tries; by expert where experts need not share them."""
+    tried = awq.candidates(fold.gather(mean, jnp.mean))
     shared = tried.ndim == 2
 
-    losses = [
-        sum(_loss(w, fold.spread(s), gram, group, bits, shared) for w, gram, group, bits in of) for s in tried
-    ]
-    best = jnp.argmin(jnp.stack(losses), axis=0)
+    def loss(s: jax.Array) -> jax.Array:
+        """What rounding adds to the squares of the outputs, with inputs divided by s."""
+        s, total = fold.spread(s), jnp.zeros(())
+        rows = s[..., :, None]
+        for (w, gram), group, width in zip(products, groups, bits, strict=True):
+            w = w.astype(jnp.float32)
+            steps = searched(w * rows, gram / rows / s[..., None, :], group, width, COARSE)
+            wide = _round(w * rows, steps, width) * jnp.repeat(steps, group, axis=-2) / rows
+            found = errors(w, wide, gram)
+            total = total + (jnp.sum(found) if shared else found)
+        return total
+
+    best = jnp.argmin(jax.lax.map(loss, tried), axis=0)
     return tried[best] if shared else jnp.take_along_axis(tried, best[None, :, None], axis=0)[0]
-
-
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _loss(w, s, gram, group: int, bits: int, shared: bool) -> jax.Array:
-    """What rounding adds to the squares of the outputs, with inputs divided by s; by expert, or all together."""
-    rows = s[..., :, None]
-    scaled = w * rows
-    steps = searched(scaled, gram / s[..., :, None] / s[..., None, :], group, bits, COARSE)
-    rounded = _round(scaled, steps, bits).astype(jnp.float32) * jnp.repeat(steps, group, axis=-2) / rows
-    found = errors(w, rounded, gram)
-    return jnp.sum(found) if shared else found
 
 
 def _round(w: jax.Array, steps: jax.Array, bits: int) -> jax.Array:

@@ -5,17 +5,14 @@ s = max|x|^alpha / max|w|^(1 - alpha)        one a channel; x / s and s w are th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 ALPHA = 0.5
 
 
-def scales(largest: jax.Array, matrices: Sequence[jax.Array], alpha: float = ALPHA) -> jax.Array:
-    """`[..., K]` from max |x| `[..., K]` and the matrices `[..., K, N]` that x meets."""
-    rows = jnp.stack([jnp.max(jnp.abs(w.astype(jnp.float32)), axis=-1) for w in matrices]).max(0)
+def scales(largest: jax.Array, rows: jax.Array, alpha: float = ALPHA) -> jax.Array:
+    """`[..., K]` from max |x| of each channel and max |w| of its row in the matrices that x meets."""
     known = (largest > 0) & (rows > 0)
     s = jnp.where(known, largest, 1) ** alpha / jnp.where(known, rows, 1) ** (1 - alpha)
     return jnp.where(known, jnp.clip(s, 1e-5, 1e5), 1)

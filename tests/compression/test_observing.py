@@ -71,8 +71,10 @@ def check(stats: Stats, x: np.ndarray) -> None:
 
 def test_batches_add_up(mixture, hidden):
     apart = statistics(mixture, hidden, gram=True)
-    both = statistics(mixture, [np.concatenate(hidden)], gram=True)
+    each = [statistics(mixture, [x], gram=True) for x in hidden]
+    both = {name: each[0][name] + each[1][name] for name in each[0]}
     assert set(apart) == set(both)
+    assert (both["attention.out"].largest >= each[0]["attention.out"].largest).all()
     for name, stats in apart.items():
         for field in ("count", "largest", "total", "squares", "gram"):
             np.testing.assert_allclose(getattr(stats, field), getattr(both[name], field), rtol=1e-4, atol=1e-4)
@@ -84,7 +86,7 @@ def test_batches_add_up(mixture, hidden):
 def test_inputs_that_are_not_finite_are_named(mixture, hidden):
     bad = [hidden[0], hidden[1] * np.inf]
     with pytest.raises(InputError, match=r"the inputs of layers\.4\.attention\.query are NaN or infinite"):
-        statistics(mixture, bad, gram=False, at="layers.4.")
+        statistics(mixture, bad, gram=True, at="layers.4.")
 
 
 def test_routing_can_be_given(mixture, hidden):
