@@ -18,6 +18,9 @@ from quantised_models import arrays, dequantised
 from safetensors.numpy import load_file, save_file
 
 from jaxinf.checkpoint import convert, load
+from jaxinf.checkpoint.published import decoded
+from jaxinf.checkpoint.quantization import Quantization
+from jaxinf.checkpoint.tensors import Tensors as Stored
 from jaxinf.models import CausalLM
 from jaxinf.models.placing import place_model
 from jaxinf.quant import QTensor
@@ -494,3 +497,18 @@ def test_what_other_ways_say_that_is_not_read(tmp_path: Path) -> None:
     (narrow / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"is quantised already \(gptq\)"):
         load(narrow, quantize="int8")
+
+
+def test_what_several_parameters_are_cut_from_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def array(name: str, size: int) -> decoded.Array:
+        return decoded.Array(np.int8, (size,), lambda: (made.append(name), np.zeros(size, np.int8))[1])
+
+    monkeypatch.setattr(decoded, "_BESIDE", 10)
+    sizes = {"a.values": 100, "a.scales": 8, "b.values": 90, "b.scales": 8}
+    decoding = decoded.Decoding(Quantization("int8"), {name: array(name, size) for name, size in sizes.items()})
+    tensors = decoded.Decoded(Stored({}), decoding)
+    for name in ("a.values", "a.scales", "a.values", "a.scales", "b.values", "b.scales", "b.values", "a.values"):
+        assert tensors.read(name).shape == (sizes[name],)
+    assert made == ["a.values", "a.scales", "b.values", "b.scales", "a.values"]

@@ -17,7 +17,8 @@ from jaxinf.checkpoint.quantization import Quantization
 from jaxinf.checkpoint.tensors import TensorInfo, Tensors
 from pallas_kernels.errors import CheckpointError, UnsupportedError
 
-_KEPT = 2
+_BESIDE = 1 << 26
+"""Bytes that are kept beside the largest array that was made: of one matrix several parameters may be cut."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class Decoded(Tensors):
                 made, array = self._arrays[name].make(), self._arrays[name]
                 assert made.shape == array.shape, f"{name}: {made.shape}, {array.shape} was announced"
                 self._made[name] = made.astype(array.dtype, copy=False)
-                while len(self._made) > _KEPT:
+                sizes = [array.nbytes for array in self._made.values()]
+                while sum(sizes) > max(sizes) + _BESIDE:
                     self._made.popitem(last=False)
+                    sizes.pop(0)
             return self._made[name]
 
     def expect(self, name: str, view: np.ndarray) -> None:
