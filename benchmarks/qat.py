@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", default=str(ROOT / "benchmarks/results/qat.json"), help="file; -: none")
     args = parser.parse_args(argv)
     try:
-        folder = run.locate("stdlib-draft")
+        folder = ROOT / "tests" / "data" / "bfloat16" / "stdlib-draft"
         loaded = checkpoint.load(folder, dtype="float32").model
         network = Network(loaded.spec)
         shipped = network.model(network.params_of(loaded))

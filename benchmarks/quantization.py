@@ -4,8 +4,8 @@
     python benchmarks/quantization.py --schemes int8,int4 --tokens 2048 --no-speed (a quick look)
     python benchmarks/quantization.py --static                                     (extra: tpu; many minutes)
 
-Accuracy is that of the embedded target model (`--model`) on its held-out text, teacher-forced, in windows of its
-context, beside the same model in float32:
+Accuracy is that of the embedded target model before rounding (`--model`) on its held-out text, teacher-forced, in
+windows of its context, beside the same model in float32:
   bits/byte   what the model needs for the text
   KL          mean of KL(float32 || quantised) a token, in nats; where experts are chosen, also with the choices and
               weights of the float32 model (`fixed`): what flipped choices add is left out
@@ -13,7 +13,7 @@ context, beside the same model in float32:
   weights     bits a quantised weight takes, scales included; MB of the whole model beside float32
 Speed is decoding of the same model on this device, batch 1, in rounds that go through all schemes in turn, as a
 ratio to float32 in the same round (medians). With `--static`, a decode step of Llama-3.1-8B (batch 1, context 1,024)
-on one chip as a static model of the TPU compiler's schedule sees it: nothing here has run on a TPU.
+on one chip, by a static model of the TPU compiler's schedule: nothing here has run on a TPU.
 
 Rows marked qwix quantise the same weights with that library (`pip install qwix`), where it has the method.
 """
@@ -45,6 +45,8 @@ from jaxinf.quant import QTensor, nbytes
 from jaxinf.training.corpus import read_held_out, read_part
 
 HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "stdlib_heldout.xz"
+FLOAT = HELD_OUT.parent / "bfloat16" / "stdlib"
+"""The embedded target before its matrices were rounded to int8."""
 STATIC_CHIPS = ("v5e-1", "v6e-1")
 
 
@@ -237,7 +239,7 @@ def note(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="stdlib", help="an embedded model or a folder")
+    parser.add_argument("--model", default=str(FLOAT), help="folder of the wide model (default: the target's)")
     parser.add_argument("--schemes", help="rows by scheme, separated by commas; default: all")
     parser.add_argument("--tokens", type=int, default=16384, help="of held-out text")
     parser.add_argument(
@@ -284,10 +286,17 @@ def main() -> None:
                     steps[row.static] = static_steps(row.static)
                 made["static"] = steps[row.static]
 
-    print(f"{args.model}: {text.tokens} held-out tokens; calibrated on {args.calibration} others; {device()}")
+    print(
+        f"{Path(args.model).name}: {text.tokens} held-out tokens; calibrated on {args.calibration} others; {device()}"
+    )
     printed(found)
     if args.json:
-        facts = {"model": args.model, "tokens": text.tokens, "calibration": args.calibration, "device": device()}
+        facts = {
+            "model": Path(args.model).name,
+            "tokens": text.tokens,
+            "calibration": args.calibration,
+            "device": device(),
+        }
         args.json.write_text(json.dumps({**facts, "jax": jax.__version__, "rows": found}, indent=1) + "\n")
     if args.plot:
         plotted(found, args.plot)

@@ -12,7 +12,7 @@ from jaxinf.compression import Calibration, divergence, plant_outliers, quantize
 from jaxinf.training.corpus import default_root, find_files, load_manifest, read_held_out
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "jaxinf" / "embedded" / "stdlib"
+FOLDER = ROOT / "tests" / "data" / "bfloat16" / "stdlib"
 HELD_OUT = ROOT / "tests" / "data" / "stdlib_heldout.xz"
 pytestmark = pytest.mark.slow
 

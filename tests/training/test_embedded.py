@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxinf import checkpoint
+from jaxinf.compression import quantize
 from jaxinf.layers import MoESpec
 from jaxinf.lm import LM
 from jaxinf.training import recipes, run
@@ -19,14 +22,22 @@ def held_out():
     return read_held_out(Path(__file__).parents[1] / "data" / "stdlib_heldout.xz")
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("stdlib", 16), ("stdlib-draft", 3)])
+@pytest.mark.parametrize(("name", "megabytes"), [("stdlib", 9), ("stdlib-draft", 2)])
 def test_folder(name, megabytes):
     folder = run.EMBEDDED / name
     assert sum(f.stat().st_size for f in folder.iterdir()) <= megabytes * 1e6
     assert checkpoint.read_spec(folder) == recipes.RECIPES[name].model
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
+    assert config["quantization"] == {"version": 1, "scheme": "int8", "activations": None}
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("name", ["stdlib", "stdlib-draft"])
+def test_they_are_the_trained_ones_rounded(name):
+    wide = checkpoint.load(Path(__file__).parents[1] / "data" / "bfloat16" / name).model
+    rounded, shipped = (nnx.state(m) for m in (quantize(wide, "int8"), checkpoint.load(run.EMBEDDED / name).model))
+    jax.tree.map(np.testing.assert_array_equal, rounded, shipped)
 
 
 def test_the_target_uses_all_three():
