@@ -12,8 +12,8 @@ windows of its context, beside the same model in float32:
   agree       tokens whose most likely one is the same
   weights     bits a quantised weight takes, scales included; MB of the whole model beside float32
 Speed is decoding of the same model on this device, batch 1, in rounds that go through all schemes in turn, as a
-ratio to float32 in the same round (medians). With `--static`, a decode step of Llama-3.1-8B (batch 1, context 1,024)
-on one chip, by a static model of the TPU compiler's schedule: nothing here has run on a TPU.
+ratio to float32 in the same round (medians). With `--static`, a decode step of Llama-3.1-8B (batch 1, context
+1,024) on one chip, by a static model of the TPU compiler's schedule: nothing here has run on a TPU.
 
 Rows marked qwix quantise the same weights with that library (`pip install qwix`), where it has the method.
 """
@@ -286,13 +286,12 @@ def main() -> None:
                     steps[row.static] = static_steps(row.static)
                 made["static"] = steps[row.static]
 
-    print(
-        f"{Path(args.model).name}: {text.tokens} held-out tokens; calibrated on {args.calibration} others; {device()}"
-    )
+    name = Path(args.model).name
+    print(f"{name}: {text.tokens} held-out tokens; calibrated on {args.calibration} others; {device()}")
     printed(found)
     if args.json:
         facts = {
-            "model": Path(args.model).name,
+            "model": name,
             "tokens": text.tokens,
             "calibration": args.calibration,
             "device": device(),
