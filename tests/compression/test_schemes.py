@@ -1,5 +1,7 @@
 """Which matrix becomes what, and what is refused."""
 
+import functools
+
 import jax
 import pytest
 from flax import nnx
@@ -16,8 +18,9 @@ SPEC = ModelSpec(
 )
 
 
-def abstract(layout="list", spec=SPEC) -> CausalLM:
-    return nnx.eval_shape(lambda: CausalLM(spec, rngs=nnx.Rngs(0), layout=layout))
+@functools.cache
+def abstract(layout="list") -> CausalLM:
+    return nnx.eval_shape(lambda: CausalLM(SPEC, rngs=nnx.Rngs(0), layout=layout))
 
 
 def formats(planned) -> dict[str, str | None]:
