@@ -4,13 +4,13 @@
     python benchmarks/qat.py --steps 2 --windows 4 --json -  (a quick look)
     python benchmarks/qat.py --train int4                    (only that training; a later call goes on from it)
 
-From the embedded draft model three trainings go on, on the same batches: in float32, with int4 weights in groups
+From the draft model in bfloat16 (`tests/data/bfloat16`) three trainings go on, on the same batches: in float32, with int4 weights in groups
 of 64, and with BitNet b1.58's layers (ternary weights, inputs rounded to bytes). What was trained with rounding
-stands beside the shipped model and the one trained on in float32, both rounded to the nearest. The held-out text is
+stands beside the original model and the one trained on in float32, both rounded to the nearest. The held-out text is
 read in windows of the model's context that move by half of it:
   bits/byte  what the model needs for the text
-  KL         mean of KL(float32 || model) a token, in nats, from the shipped model and from that trained on
-  agree      tokens whose most likely one is that of the shipped model
+  KL         mean of KL(float32 || model) a token, in nats, from the original model and from that trained on
+  agree      tokens whose most likely one is that of the original model
   weights    bits a rounded weight takes, scales included
 A call that is stopped goes on from its last checkpoint; trainings that are done are scored as they are. Needs the
 training text (see `python -m jaxinf.training --help`).
@@ -54,14 +54,14 @@ RUNS: dict[str, tuple[Rounding | None, OptimizerSpec]] = {
 
 
 def trained(
-    name: str, steps: int, minutes: float | None, shipped: CausalLM, documents: Documents, out: Path
+    name: str, steps: int, minutes: float | None, original: CausalLM, documents: Documents, out: Path
 ) -> tuple[CausalLM, dict]:
     """The model that a run ends with, and what the run was."""
     rounding, optimizer = RUNS[name]
     recipe = run.find_recipe("stdlib-draft")
     spec = dataclasses.replace(recipe.train, steps=steps, optimizer=optimizer, rounding=rounding, seed=1)
     batches = Batches(documents, batch=spec.batch, context=spec.context, seed=spec.seed)
-    trainer = Trainer(recipe.model, spec, batches, out / f"{name}-{steps}", start=shipped)
+    trainer = Trainer(recipe.model, spec, batches, out / f"{name}-{steps}", start=original)
 
     def show(record) -> None:
         if record.step % 10 == 0:
@@ -140,11 +140,11 @@ def score(models: dict[str, CausalLM], references: list[str], documents: Documen
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'model':<44} {'weights':>8} {'bits/byte':>10} {'KL shipped':>11} {'KL trained on':>14} {'agree':>8}"
+    head = f"{'model':<44} {'weights':>8} {'bits/byte':>10} {'KL original':>12} {'KL trained on':>14} {'agree':>8}"
     lines = [head, "-" * len(head)]
     for r in rows:
         lines.append(
-            f"{r['model']:<44} {r['weight_bits']:8.3f} {r['bits_per_byte']:10.4f} {r['kl_from_shipped']:11.5f} "
+            f"{r['model']:<44} {r['weight_bits']:8.3f} {r['bits_per_byte']:10.4f} {r['kl_from_original']:12.5f} "
             f"{r['kl_from_trained_on']:14.5f} {r['agree']:8.2%}"
         )
     return "\n".join(lines)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = ROOT / "tests" / "data" / "bfloat16" / "stdlib-draft"
         loaded = checkpoint.load(folder, dtype="float32").model
         network = Network(loaded.spec)
-        shipped = network.model(network.params_of(loaded))
+        original = network.model(network.params_of(loaded))
         documents = run.prepare(args.data, args.source)
         if (
             Tokenizer.from_file(str(folder / run.TOKENIZER)).to_str()
@@ -173,9 +173,9 @@ def main(argv: list[str] | None = None) -> int:
         ):
             parser.error(f"the tokenizer in {args.data} is not the draft model's; give --data another folder")
         if args.train:
-            trained(args.train, args.steps, args.minutes, shipped, documents, args.out)
+            trained(args.train, args.steps, args.minutes, original, documents, args.out)
             return 0
-        runs = {name: trained(name, args.steps, args.minutes, shipped, documents, args.out) for name in RUNS}
+        runs = {name: trained(name, args.steps, args.minutes, original, documents, args.out) for name in RUNS}
         files = read_held_out(ROOT / run.HELD_OUT)
     except JaxinfError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -184,17 +184,17 @@ def main(argv: list[str] | None = None) -> int:
     held_out = Documents.encode(texts, Tokenizer.from_file(str(folder / run.TOKENIZER)))
     on = runs["float32"][0]
     models = {
-        "shipped": shipped,
+        "original": original,
         "trained_on": on,
-        "int4 group 64, shipped, to nearest": nearest(shipped, INT4),
+        "int4 group 64, original, to nearest": nearest(original, INT4),
         "int4 group 64, trained on, to nearest": nearest(on, INT4),
         "int4 group 64, trained with rounding": runs["int4"][0],
-        "ternary, bytes in, shipped, to nearest": nearest(shipped, BITNET),
+        "ternary, bytes in, original, to nearest": nearest(original, BITNET),
         "ternary, bytes in, trained on, to nearest": nearest(on, BITNET),
         "ternary, bytes in, trained with rounding": runs["b1.58"][0],
     }
-    found = score(models, ["shipped", "trained_on"], held_out, args.windows)
-    names = {"shipped": "float32, shipped", "trained_on": "float32, trained on"}
+    found = score(models, ["original", "trained_on"], held_out, args.windows)
+    names = {"original": "float32, original", "trained_on": "float32, trained on"}
     rows = [
         {"model": names.get(name, name), "weight_bits": weight_bits(models[name]), **what}
         for name, what in found.items()
@@ -204,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         record = {
             "model": "stdlib-draft",
             "witness": f"measured on {jax.devices()[0].platform}, jax {jax.__version__}",
+            "minutes": args.minutes,
             "windows": args.windows,
             "held_out_bytes": held_out.bytes,
             "trainings": {name: about for name, (_, about) in runs.items()},
