@@ -25,13 +25,15 @@ def xla(
     cache = _append(cache, new, layer, starts, counts, ring)
     if scales is None or new_scales is None:
         return (cache,)
-    return cache, _append(scales[..., None], new_scales[..., None], layer, starts, counts, ring)[..., 0]
+    return cache, _append(scales, new_scales, layer, starts, counts, ring)
 
 
 def _append(
     cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array, counts: jax.Array, ring: bool
 ) -> jax.Array:
-    batch, groups, tokens, dim = new.shape
+    """cache [L, B, K, S, *rest], new [B, K, T, *rest]: a last axis of one number would have XLA copy the cache."""
+    batch, groups, tokens, *rest = new.shape
+    last = len(rest)
     slots = cache.shape[3]
     dtype = cache.dtype
     cache, new = to_bits(cache), to_bits(encode(new, dtype))
@@ -39,7 +41,7 @@ def _append(
         if tokens > slots:
             skip = jnp.maximum(counts - slots, 0)
             index = jnp.minimum(skip[:, None] + jnp.arange(slots), tokens - 1)
-            new = jnp.take_along_axis(new, index[:, None, :, None], axis=2)
+            new = jnp.take_along_axis(new, index.reshape(batch, 1, slots, *[1] * last), axis=2)
             starts, counts, tokens = starts + skip, counts - skip, slots
         starts = jnp.mod(starts, slots)
     size = min(tokens, slots)
@@ -48,13 +50,13 @@ def _append(
     def write(cache, b, start):
         """Row b's tokens at the slots from `start` on, as many as lie within the cache."""
         at = jnp.clip(start, 0, slots - size)
-        where = (layer, b, zero, at, zero)
+        where = (layer, b, zero, at, *[zero] * last)
         t = at - start + jnp.arange(size)
-        old = jax.lax.dynamic_slice(cache, where, (1, 1, groups, size, dim))
-        row = jax.lax.dynamic_slice(new, (b, zero, zero, zero), (1, groups, tokens, dim))
+        old = jax.lax.dynamic_slice(cache, where, (1, 1, groups, size, *rest))
+        row = jax.lax.dynamic_slice(new, (b, zero, zero, *[zero] * last), (1, groups, tokens, *rest))
         if tokens > 1:
             row = jnp.take(row, t, axis=2, mode="clip")
-        keep = ((t >= 0) & (t < counts[b]))[:, None]
+        keep = ((t >= 0) & (t < counts[b])).reshape(size, *[1] * last)
         return jax.lax.dynamic_update_slice(cache, jnp.where(keep, row[None], old), where)
 
     def write_row(b, cache):

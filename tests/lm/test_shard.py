@@ -94,6 +94,21 @@ def test_every_mesh_of_eight(alone, name: str, mesh: str) -> None:
     assert [answer.tokens for answer in spread.generate(PROMPTS, **GREEDY)] == tokens
 
 
+NARROW = [
+    ("int8", "data=2,tensor=4"),
+    pytest.param("fp8", "sequence=2,tensor=4", marks=pytest.mark.slow),
+    pytest.param("int4", "pipeline=2,data=2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), NARROW)
+def test_narrow_caches(alone, kind: str, mesh: str) -> None:
+    """Windows and whole contexts; tokens are rounded alike wherever they lie."""
+    lm, *_ = alone["dense"]
+    want = [answer.tokens for answer in lm.generate(PROMPTS, **GREEDY, cache=kind)]
+    assert [answer.tokens for answer in on(lm, mesh).generate(PROMPTS, **GREEDY, cache=kind)] == want
+
+
 SPECIAL = {
     "norms over all heads, biases": [
         LayerSpec(attention(qk_norm=QKNormSpec(over="width"), qkv_bias=True, out_bias=True), FFNSpec(32, bias=True))
