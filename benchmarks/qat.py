@@ -4,13 +4,13 @@
     python benchmarks/qat.py --steps 2 --windows 4 --json -  (a quick look)
     python benchmarks/qat.py --train int4                    (only that training; a later call goes on from it)
 
-From the draft model in bfloat16 (`tests/data/bfloat16`) three trainings go on, on the same batches: in float32, with int4 weights in groups
-of 64, and with BitNet b1.58's layers (ternary weights, inputs rounded to bytes). What was trained with rounding
-stands beside the original model and the one trained on in float32, both rounded to the nearest. The held-out text is
-read in windows of the model's context that move by half of it:
+From the draft model in bfloat16 (`tests/data/bfloat16`) three trainings go on, on the same batches: in float32, with
+int4 weights in groups of 64, and with BitNet b1.58's layers (ternary weights, inputs rounded to bytes). What was
+trained with rounding stands beside the original and the one trained on in float32, both rounded to the nearest. The
+held-out text is read in windows of the model's context that move by half of it:
   bits/byte  what the model needs for the text
-  KL         mean of KL(float32 || model) a token, in nats, from the original model and from that trained on
-  agree      tokens whose most likely one is that of the original model
+  KL         mean of KL(float32 || model) a token, in nats, from the original and from that trained on
+  agree      tokens whose most likely one is that of the original
   weights    bits a rounded weight takes, scales included
 A call that is stopped goes on from its last checkpoint; trainings that are done are scored as they are. Needs the
 training text (see `python -m jaxinf.training --help`).
