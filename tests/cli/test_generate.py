@@ -110,6 +110,12 @@ def test_a_window_goes_past_the_context(run_json, refused, checkpoint: Path) -> 
     assert "window" in refused("generate", PROMPT, *sizes, "--sinks", 2)
 
 
+def test_a_narrow_cache(run_json, checkpoint: Path, lm: LM) -> None:
+    sizes = ("--model", checkpoint, "--max-new-tokens", 8)
+    got = run_json("generate", PROMPT, *sizes, "--cache", "int8")
+    assert got["completions"][0]["tokens"] == lm.generate(PROMPT, 8, cache="int8").tokens
+
+
 def test_chat_uses_the_template(run_json, checkpoint: Path, lm: LM) -> None:
     got = run_json("generate", "hello", "--chat", "--model", checkpoint, "--max-new-tokens", 4)
     want = lm.chat([{"role": "user", "content": "hello"}], 4)

@@ -41,6 +41,19 @@ def test_what_does_not_fit_has_an_exit_code_of_its_own(run) -> None:
     assert "take --quantize int4 or --tpu v5e-16" in out
 
 
+def test_a_narrow_cache(run, run_json) -> None:
+    code, out, err = run(*LLAMA, "--tpu", "v5e-16", "--cache", "int8")
+    assert code == 0, err
+    assert "llama-3.1-70b in int8 (cache in int8) on v5e-16" in out
+    cache = {
+        k: run_json(*LLAMA, "--tpu", "v5e-16", *k)["per_chip_bytes"]["cache"] for k in ((), ("--cache", "int8"))
+    }
+    assert cache["--cache", "int8"] == pytest.approx(cache[()] * (128 + 4) / 256, rel=1e-6)
+    code, _, err = run(*LLAMA, "--tpu", "v5e-16", "--cache", "int3")
+    assert code == 2
+    assert "choose from" in err
+
+
 def test_slices_side_by_side(run, run_json) -> None:
     words = ("plan", "qwen3-8b", "--compare", "v5e-4,v6e-4,v6e-1", "--batch", "32", "--arithmetic")
     code, out, _ = run(*words, "--price", "v5e=1.2")
