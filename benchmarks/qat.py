@@ -4,7 +4,7 @@
     python benchmarks/qat.py --steps 2 --windows 4 --json -  (a quick look)
     python benchmarks/qat.py --train int4                    (only that training; a later call goes on from it)
 
-From the draft model in bfloat16 (`tests/data/bfloat16`) three trainings go on, on the same batches: in float32, with
+From the draft in bfloat16 (`tests/data/bfloat16`) three trainings go on, on the same batches: in float32, with
 int4 weights in groups of 64, and with BitNet b1.58's layers (ternary weights, inputs rounded to bytes). What was
 trained with rounding stands beside the original and the one trained on in float32, both rounded to the nearest. The
 held-out text is read in windows of the model's context that move by half of it:
