@@ -390,7 +390,7 @@ def test_gradients_of_a_layer_of_a_stack() -> None:
     ("dtype", "entries"), [("uint4", 16), ("uint4", 5), ("uint8", 40), ("int2", None), ("float8_e5m2", None)]
 )
 def test_formats_of_the_xla_form(dtype, entries, transpose):
-    """Codes with a codebook and dtypes without a kernel: a stack's layer, one row and many, one group and several."""
+    """Codes with a codebook and dtypes without a kernel: a stack's layer, one row and many, some groups."""
     random = np.random.default_rng(0)
     shape = (3, 96, 64) if transpose else (3, 64, 96)
     if entries:
@@ -398,10 +398,10 @@ def test_formats_of_the_xla_form(dtype, entries, transpose):
     else:
         w = jnp.asarray(random.integers(-1, 2, shape), dtype)
     codebook = jnp.asarray(random.normal(size=(3, entries)), jnp.float32) if entries else None
+    run = functools.partial(quantized_matmul, transpose=transpose)
     for groups, rows in ((1, 1), (4, 3), (2, 40)):
         x = jnp.asarray(random.normal(size=(rows, 64)), jnp.float32)
         scales = jnp.asarray(random.uniform(0.5, 1, (3, groups, 96)), jnp.float32)
-        run = functools.partial(quantized_matmul, transpose=transpose)
         got = jax.jit(run)(x, w, scales, codebook, layer=1)
         wide = w.astype(jnp.float32) if codebook is None else jax.vmap(lambda c, q: c[q])(codebook, w.astype(int))
         want, terms = expected(x, wide[1], scales[1], transpose)
