@@ -1,7 +1,10 @@
 """What every test runs under: the CPU as eight devices, no network, no compilation cache."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could choose its devices"
 
@@ -19,7 +22,21 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+MOST_BYTES = 3 << 30
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory() -> Iterator[None]:
+    """What a worker has compiled is given up between modules once it holds much: several share a machine."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
