@@ -285,7 +285,7 @@ class TestBoundedMemory:
         assert make_request(small._facts, [7] * 20, 2**40, window=16).limits == [2**31 - 1 - 20]
 
     def test_memory_stays_bounded(self, small: LM) -> None:
-        sizes = {small._cache(1, tokens, 16, 4).nbytes for tokens in (20, 100, 10_000)}
+        sizes = {small._cache(1, tokens, 16, 4, None).nbytes for tokens in (20, 100, 10_000)}
         assert len(sizes) == 1
         per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, bytes
         assert sizes == {per_token * (16 + 4)}
