@@ -66,8 +66,13 @@ def _drawn(op: str, seed: int, random: np.random.Generator) -> Any:
         inner, columns = near(case.inner, 128), near(case.columns, 128)
         sizes = tuple(int(n) for n in random.multinomial(case.rows, random.dirichlet(np.ones(len(case.sizes)))))
         changes |= {"inner": inner, "columns": columns, "sizes": sizes}
+        if case.scales > 1:
+            changes["scales"] = inner // 128
     elif op == "quantized_matmul":
         changes |= {"lead": (near(case.lead[0], 1),), "columns": near(case.columns, 128)}
+    elif op == "streamed_matmul":
+        columns = tuple(near(n, 128) for n in case.columns)
+        changes |= {"rows": min(near(case.rows, 1), 256), "columns": columns}
     else:
         kept = sorted(random.permutation(len(case.rows))[: near(len(case.rows), 1)])
         changes["rows"] = tuple(case.rows[i] for i in kept)
