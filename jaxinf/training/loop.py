@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from jaxinf.models import CausalLM, ModelSpec
@@ -22,9 +21,8 @@ from jaxinf.quant import QTensor
 from jaxinf.training.data import Batches
 from jaxinf.training.optimizer import OptimizerSpec, make_optimizer, rate_factor, scaled_update
 from jaxinf.training.rounding import Rounding, start_qat
-from pallas_kernels.errors import CheckpointError, InputError
-
-Params = dict[str, jax.Array]
+from jaxinf.training.snapshots import Params, Snapshots
+from pallas_kernels.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -172,10 +170,7 @@ class Trainer:
         self.params = self.network.init(train.seed) if start is None else self.network.params_of(start)
         self.opt_state = make_optimizer(train.optimizer, self.network.shapes).init(self.params)
         self.step, self.seconds, self.records = 0, 0.0, list[StepRecord]()
-        self._manager = None
-        if folder is not None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-            self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+        self._snapshots = Snapshots(folder)
 
     def progress(self, minutes: float | None = None) -> float:
         """Part of the run that is done: of the steps or, where further, of the time allowed."""
@@ -222,7 +217,7 @@ class Trainer:
                 self.records.append(record)
                 if on_step is not None:
                     on_step(record)
-                if self._manager is not None and time.monotonic() - last_save > checkpoint_minutes * 60:
+                if self._snapshots.kept and time.monotonic() - last_save > checkpoint_minutes * 60:
                     self.save()
                     last_save = time.monotonic()
         except KeyboardInterrupt:
@@ -232,42 +227,21 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint the parameters, the optimiser's state, the step (so the place in the data) and the log."""
-        if self._manager is None or self.step in self._manager.all_steps():
-            return
         log = {
             "seconds": self.seconds,
             "records": [asdict(r) for r in self.records],
-            "shapes": _shapes(self.params),
             "rounding": self._rounding(),
         }
-        arrays = {"params": self.params, "optimizer": _leaves(self.opt_state)}
-        self._manager.save(
-            self.step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), log=ocp.args.JsonSave(log))
-        )
-        self._manager.wait_until_finished()
+        self._snapshots.save(self.step, self.params, self.opt_state, log)
 
     def resume(self) -> bool:
         """Go on from the latest checkpoint; False when there is none."""
-        if self._manager is None:
+        rounding = self._rounding()
+        found = self._snapshots.restore(self.params, self.opt_state, lambda log: log.get("rounding") == rounding)
+        if found is None:
             return False
-        latest = self._manager.latest_step()
-        if latest is None:
-            return False
-        log = self._manager.restore(latest, args=ocp.args.Composite(log=ocp.args.JsonRestore()))["log"]
-        if (log["shapes"], log.get("rounding")) != (_shapes(self.params), self._rounding()):
-            raise CheckpointError(
-                f"the checkpoint of step {latest} in {self.folder} does not fit this recipe: "
-                "resume with the recipe that wrote it, or choose another folder"
-            )
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            {"params": self.params, "optimizer": _leaves(self.opt_state)},
-        )
-        saved = self._manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-        self.params = saved["state"]["params"]
-        leaves = saved["state"]["optimizer"]
-        self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), [leaves[k] for k in sorted(leaves)])
-        self.step, self.seconds = latest, log["seconds"]
+        self.step, self.params, self.opt_state, log = found
+        self.seconds = log["seconds"]
         self.records = [StepRecord(**record) for record in log["records"]]
         return True
 
@@ -276,16 +250,7 @@ class Trainer:
 
     def close(self) -> None:
         """Release the checkpoint folder."""
-        if self._manager is not None:
-            self._manager.close()
-
-
-def _shapes(params: Params) -> dict[str, list[int]]:
-    return {path: list(x.shape) for path, x in params.items()}
-
-
-def _leaves(tree) -> Params:
-    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+        self._snapshots.close()
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
@@ -296,8 +261,8 @@ def _update(network: Network, optimizer: OptimizerSpec, balance: float, params, 
     return params, opt_state, report
 
 
-def write_log(records: Sequence[StepRecord], path: Path) -> None:
-    """One JSON object a line."""
+def write_log(records: Sequence[Any], path: Path) -> None:
+    """One JSON object a line: of each record (a dataclass)."""
     beside = path.with_name(path.name + ".part")
     beside.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
     beside.replace(path)
