@@ -273,6 +273,8 @@ def main() -> None:
         models[row.label] = jaxinf.LM(model, lm.tokenizer)
         found.append({"label": row.label, "scheme": row.scheme or row.dtype, **sizes(model)})
         found[-1] |= accuracy(model, lm.model, text)
+        # Each program is mapped in pieces, of which Linux allows a process 65,530.
+        jax.clear_caches()
     if not args.no_peer:
         found += peers(lm, text, calibration, found)
     if not args.no_speed:
@@ -316,6 +318,7 @@ def peers(lm: jaxinf.LM, text: Text, calibration, ours: list[dict[str, Any]]) ->
         model = quantization_peers.with_qwix(lm.model, method, bits, group=group, calibration=calibration)
         alike = {name: by_scheme[scheme][name] for name in ("bits", "bytes")}
         found.append({"label": label, "scheme": scheme, **alike, **accuracy(model, lm.model, text)})
+        jax.clear_caches()
     return found
 
 

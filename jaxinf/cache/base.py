@@ -65,12 +65,15 @@ class Step:
     fresh: static; nothing came before in any row, so the cache need not be read.
     zigzag: static; the columns are this chip's part of a pass that starts its rows, in the order of
       `sharding.zigzag`; `counts` are of the whole pass.
+    tree: bool `[B, T, T]`; the columns are nodes of a tree, and column t sees t' where it is true, besides what
+      came before. A node's position is that of its depth; it is stored by its column. None: each sees those before.
     """
 
     positions: jax.Array
     counts: jax.Array | None = None
     fresh: bool = False
     zigzag: bool = False
+    tree: jax.Array | None = None
 
     @property
     def starts(self) -> jax.Array:
@@ -97,6 +100,11 @@ def attend_alone(
     """
     attend = sequence_attention if step.zigzag else flash_attention
     return attend(q, k, v, lengths=step.counts, return_lse=return_lse, **rule.mask)
+
+
+def tree_mask(step: Step) -> dict[str, Any]:
+    """The keyword by which `flash_decode` learns of a tree."""
+    return {} if step.tree is None else dict(ancestor_mask=step.tree)
 
 
 def to_store(store: Store, k: jax.Array, step: Step, rule: AttentionRule) -> jax.Array:
@@ -138,6 +146,18 @@ class LayerCache(abc.ABC):
 
         Returns:
           `(out [B, N, T, D], the cache after)`. Columns past a row's count are unspecified and not stored.
+        """
+
+    @abc.abstractmethod
+    def commit(self, starts: jax.Array, path: jax.Array, counts: jax.Array) -> Self:
+        """The cache after a pass over trees, of which one branch stays.
+
+        Args:
+          starts: int32 `[B]`, tokens before the pass. path: int32 `[B, P]`, the columns of the branch from the root
+            down; path[b, i] is at least i. counts: int32 `[B]`, how many of them stay.
+
+        Raises:
+          UnsupportedError: trees were not for this cache.
         """
 
     @abc.abstractmethod

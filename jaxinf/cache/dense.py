@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, as_read, attend_alone, to_store
+from jaxinf.cache.base import (
+    DECODE_TOKENS,
+    AttentionRule,
+    LayerCache,
+    Step,
+    as_read,
+    attend_alone,
+    to_store,
+    tree_mask,
+)
 from jaxinf.cache.kinds import Kind, empty
 from jaxinf.cache.store import Store
 from pallas_kernels.errors import UnsupportedError
@@ -45,7 +54,7 @@ class DenseCache(LayerCache):
         if step.fresh and tokens > 1:
             out = attend_alone(q, *self.as_read(k, v, step, rule), step, rule)
         elif tokens <= DECODE_TOKENS:
-            out = cache.store.decode(q, step.starts + tokens, **options)
+            out = cache.store.decode(q, step.starts + tokens, **options, **tree_mask(step))
         else:
             out = cache.store.attend(q, q_offset=step.starts, lengths=step.totals, **options)
         return out, cache
@@ -56,6 +65,9 @@ class DenseCache(LayerCache):
     def append(self, k, v, step: Step, rule: AttentionRule, layer) -> DenseCache:
         k = to_store(self.store, k, step, rule)
         return DenseCache(self.store.append(k, v, layer, step.starts, step.counts))
+
+    def commit(self, starts, path, counts) -> DenseCache:
+        return DenseCache(self.store.move(starts, path, counts))
 
     def map_rows(self, change) -> DenseCache:
         return dataclasses.replace(self, store=self.store.map_rows(change))

@@ -28,6 +28,9 @@ def boundary(lengths: jax.Array) -> jax.Array:
     return jnp.maximum(lengths - 1, 0) // GROUP * GROUP
 
 
+_NO_TREES = "an int4 cache takes chains of drafted tokens, not trees: take a drafter of chains, or cache='int8'"
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Grouped(Store):
@@ -124,6 +127,8 @@ class Grouped(Store):
         return nibbles.decode(codes, ranges[..., None]).astype(v.dtype)
 
     def decode(self, q, lengths, *, layer, turn, ring=False, return_lse=False, sinks=None, **mask):
+        if mask.pop("ancestor_mask", None) is not None:
+            raise UnsupportedError(_NO_TREES)
         query = lengths[:, None] - q.shape[2] + jnp.arange(q.shape[2])  # where they stand
         complete = boundary(query + 1)[..., None]
         window = mask.pop("window", None)
@@ -186,6 +191,9 @@ class Grouped(Store):
             nibbles.unpack(cut(self.v, layer, start, size)), cut(self.v_range, layer, start, size)[..., None]
         )
         return k.astype(dtype), v.astype(dtype)
+
+    def move(self, starts, path, counts, *, ring=False):
+        raise UnsupportedError(_NO_TREES)
 
     def map_rows(self, change):
         axis = self.k.ndim - 4

@@ -50,6 +50,16 @@ class Cache:
             raise InputError(f"lengths.shape={lengths.shape} must be {self.lengths.shape}")
         return dataclasses.replace(self, lengths=lengths)
 
+    def commit(self, path: jax.Array, counts: jax.Array) -> Cache:
+        """The cache after a pass over trees (`Step.tree`), of which a branch stays in each row.
+
+        Args:
+          path: int32 `[B, P]`, columns of the pass from the root down, rising.
+          counts: int32 `[B]`, how many of them stay, 0 to P. The lengths are still those before the pass.
+        """
+        layers = tuple(tuple(c.commit(self.lengths, path, counts) for c in segment) for segment in self.layers)
+        return Cache(layers, self.lengths + counts)
+
     def take(self, rows: jax.Array) -> Cache:
         """The cache of the rows `rows` int32 `[M]`, in that order, repeats allowed; a copy."""
         layers = tuple(tuple(c.take(rows) for c in segment) for segment in self.layers)

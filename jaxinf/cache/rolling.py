@@ -10,12 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinf.cache.base import DECODE_TOKENS, AttentionRule, LayerCache, Step, as_read, attend_alone, to_store
+from jaxinf.cache.base import (
+    DECODE_TOKENS,
+    AttentionRule,
+    LayerCache,
+    Step,
+    as_read,
+    attend_alone,
+    to_store,
+    tree_mask,
+)
 from jaxinf.cache.kinds import Kind, empty, ring_spare
 from jaxinf.cache.store import Store, after, read_layer
 from pallas_kernels import cache_append, flash_attention
+from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.merge import merge_partials
 from sharding import zigzag
+
+_NO_TREES = (
+    "caches with attention sinks take chains of drafted tokens, not trees: take a drafter of chains, or sinks=0"
+)
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +74,12 @@ class RollingCache(LayerCache):
         if tokens <= min(DECODE_TOKENS, slots - self.window + 1) and not (step.fresh and tokens > 1):
             cache = self.append(k, v, step, rule, layer)
             at = dict(layer=layer, ring=True, turn=rule.turn)
-            out, lse = cache.store.decode(q, step.starts + tokens, **at, **mask)
+            out, lse = cache.store.decode(q, step.starts + tokens, **at, **mask, **tree_mask(step))
+        elif step.tree is not None:
+            raise UnsupportedError(
+                f"a tree of {tokens} tokens needs a rolling cache made with max_append={tokens}, but this one has "
+                f"max_append={slots - self.window + 1}"
+            )
         elif step.fresh:
             cache = self.append(k, v, step, rule, layer)
             out, lse = attend_alone(q, *self.as_read(k, v, step, rule), step, rule, return_lse=True)
@@ -98,6 +117,9 @@ class RollingCache(LayerCache):
             counts = step.totals - starts
             k, v = (zigzag.take(x, starts[:, None] + jnp.arange(count), 2) for x in (k, v))
         return dataclasses.replace(self, store=self.store.append(k, v, layer, starts, counts, ring=True))
+
+    def commit(self, starts, path, counts) -> RollingCache:
+        return dataclasses.replace(self, store=self.store.move(starts, path, counts, ring=True))
 
     def map_rows(self, change) -> RollingCache:
         return dataclasses.replace(self, store=self.store.map_rows(change))
@@ -150,6 +172,8 @@ class SinkCache(LayerCache):
         return cls(rolling, jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
+        if step.tree is not None:
+            raise UnsupportedError(_NO_TREES)
         window, sinks = self.rolling.window, self.sink_k.shape[-2]
         out, rolling, lse = self.rolling._attend(q, k, v, step, rule, layer)
         order = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32), (q.shape[0], sinks))
@@ -185,6 +209,9 @@ class SinkCache(LayerCache):
             far_lse = far_lse + rule.alibi_slopes[None, :, None] * moved[:, None, :]
         merged, _ = merge_partials([(out, lse), (far, far_lse)])
         return merged, SinkCache(rolling, sink_k, sink_v)
+
+    def commit(self, starts, path, counts) -> SinkCache:
+        raise UnsupportedError(_NO_TREES)
 
     def map_rows(self, change) -> SinkCache:
         sinks = [change(x, x.ndim - 4) for x in (self.sink_k, self.sink_v)]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinf.cache.blocks import attend_in_blocks, cut, with_sinks
-from jaxinf.cache.store import Store, before, pick
+from jaxinf.cache.store import Store, before, moved, pick
 from pallas_kernels import cache_append, chips, flash_decode
 from pallas_kernels.cache_append import dequantize_tokens, quantize_tokens
 from pallas_kernels.stored import from_bits, to_bits
@@ -87,6 +87,13 @@ class Scaled(Store):
             return dequantize_tokens(self._codes(pick(codes, layer, at)), pick(scales, layer, at), dtype)
 
         return one(self.k, self.k_scale), one(self.v, self.v_scale)
+
+    def move(self, starts, path, counts, *, ring=False):
+        def one(x: jax.Array, axis: int) -> jax.Array:
+            return moved(x, starts, path, counts, axis=axis, ring=ring)
+
+        axis = self.k.ndim - 2
+        return Scaled(*(one(x, axis) for x in (self.k, self.v, self.k_scale, self.v_scale)), self.format)
 
     def map_rows(self, change):
         axis = self.k.ndim - 4

@@ -22,6 +22,8 @@ from sharding.collectives import index, size
 from sharding.groups import Group
 from sharding.sequence import add_sinks, finish, merge_chips
 
+_NO_TREES = "caches striped over chips take chains of drafted tokens, not trees: take a drafter of chains"
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class SequenceSharded(LayerCache):
         return index("sequence") + size("sequence") * Group(self.group).index
 
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
+        if step.tree is not None:
+            raise UnsupportedError(_NO_TREES)
         if rule.window is not None:
             raise UnsupportedError("SequenceSharded sees all tokens: layers with a window take a RollingCache.")
         if size("sequence") * self.group != self.chips:
@@ -159,6 +163,9 @@ class SequenceSharded(LayerCache):
         weight = jnp.exp(lse - safe)
         return finish(near.scatter(out * weight[..., None], 1), near.scatter(weight, 1), near.part(safe, 1))
 
+    def commit(self, starts, path, counts) -> SequenceSharded:
+        raise UnsupportedError(_NO_TREES)
+
     def map_rows(self, change) -> SequenceSharded:
         return dataclasses.replace(self, store=self.store.map_rows(change))
 
@@ -188,7 +195,8 @@ class BatchSharded(LayerCache):
     def step(self, q, k, v, step: Step, rule: AttentionRule, *, layer=None):
         near = Group(self.group)
         counts = None if step.counts is None else near.part(step.counts, 0)
-        own = dataclasses.replace(step, positions=near.part(step.positions, 0), counts=counts)
+        tree = None if step.tree is None else near.part(step.tree, 0)
+        own = dataclasses.replace(step, positions=near.part(step.positions, 0), counts=counts, tree=tree)
         if not self.rows.store.grouped:
             q, k = rule.turn(q, step.positions), rule.turn(k, step.positions)
             rule = dataclasses.replace(rule, rotate=None)
@@ -215,6 +223,10 @@ class BatchSharded(LayerCache):
             return near.part(everyone, 0)
 
         return dataclasses.replace(rule, rotate=turn)
+
+    def commit(self, starts, path, counts) -> BatchSharded:
+        near = Group(self.group)
+        return self._with(self.rows.commit(*(near.part(x, 0) for x in (starts, path, counts))))
 
     def _with(self, rows: DenseCache | RollingCache | SequenceSharded) -> BatchSharded:
         return dataclasses.replace(self, rows=rows)

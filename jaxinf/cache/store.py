@@ -68,6 +68,11 @@ class Store(abc.ABC):
         """The `count` tokens before `starts` in a ring, in order: k and v `[B, K, count, D]`, keys rotated."""
 
     @abc.abstractmethod
+    def move(self, starts, path, counts, *, ring: bool = False) -> Store:
+        """With the slots `starts + path[:, i]`, i below `counts`, moved to `starts + i`, in every layer; `path` is
+        that of `LayerCache.commit`."""
+
+    @abc.abstractmethod
     def map_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> Store:
         """With `change(array, its axis of rows)` in place of every array."""
 
@@ -113,8 +118,38 @@ class Floats(Store):
         at = before(starts, count) % self.slots
         return floats(pick(self.k, layer, at), dtype), floats(pick(self.v, layer, at), dtype)
 
+    def move(self, starts, path, counts, *, ring=False):
+        return Floats(*(moved(x, starts, path, counts, axis=x.ndim - 2, ring=ring) for x in (self.k, self.v)))
+
     def map_rows(self, change):
         return dataclasses.replace(self, **{name: change(x, x.ndim - 4) for name, x in vars(self).items()})
+
+
+def moved(
+    x: jax.Array, starts: jax.Array, path: jax.Array, counts: jax.Array, *, axis: int, ring: bool
+) -> jax.Array:
+    """`x [.., B, K, S, ..]`, slots along `axis`, after `Store.move`.
+
+    One slot after another: none is written to before it has been read, since path[b, i] >= i and rises; the root
+    stays. Slices of one slot are updated in place, which a gather and a scatter of all would not be.
+    """
+    rows, slots, width = axis - 2, x.shape[axis], path.shape[1]
+    shape = [1 if a in (rows, axis) else n for a, n in enumerate(x.shape)]
+
+    def place(row, slot):
+        return [row if a == rows else slot if a == axis else 0 for a in range(x.ndim)]
+
+    def one(n, x):
+        row, i = n // (width - 1), n % (width - 1) + 1
+        source, target = starts[row] + path[row, i], starts[row] + i
+        source, target = (s % slots if ring else jnp.minimum(s, slots - 1) for s in (source, target))
+        # What does not move is written where it was.
+        source = jnp.where(i < counts[row], source, target)
+        return jax.lax.dynamic_update_slice(
+            x, jax.lax.dynamic_slice(x, place(row, source), shape), place(row, target)
+        )
+
+    return jax.lax.fori_loop(0, starts.shape[0] * (width - 1), one, x)
 
 
 def before(starts: jax.Array, count: int) -> jax.Array:

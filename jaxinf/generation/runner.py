@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,9 @@ WIDTH = 64
 
 _NO_WINDOW_LIMIT = 2**30
 
+Prefill = Callable[..., tuple[jax.Array, Cache]]
+"""As `Runner.prefill`."""
+
 
 class Runner:
     """A model split once into weights and structure, and the programs that take the weights as a flat list.
@@ -48,15 +51,15 @@ class Runner:
         def merge(weights) -> CausalLM:
             return nnx.merge(graph, jax.tree.unflatten(tree, weights))
 
-        self._merge = merge
+        self.merge = merge
 
         @functools.partial(jax.jit, static_argnames="fresh", donate_argnames=("cache", "logits"))
         def append(weights, tokens, counts, cache, logits, *, fresh):
             def run(weights, tokens, counts, cache, logits):
                 return loop.append_piece(merge(weights), tokens, counts, cache, logits, fresh=fresh)
 
-            takes = (self._split, ROWS, ROWS, OWN, VOCAB_ROWS)
-            return self._over(run, takes, (VOCAB_ROWS, OWN))(weights, tokens, counts, cache, logits)
+            takes = (self.split, ROWS, ROWS, OWN, VOCAB_ROWS)
+            return self.over(run, takes, (VOCAB_ROWS, OWN))(weights, tokens, counts, cache, logits)
 
         static = ("logprobs", "processors")
 
@@ -65,11 +68,11 @@ class Runner:
             def run(logits, cache, rows, controls, eos):
                 options: Any = dict(vocab=self.spec.vocab, logprobs=logprobs, processors=processors)
                 state, written = loop.first(logits, cache, controls=controls, eos=eos, **rows, **options)
-                return state, self._told(written)
+                return state, self.told(written)
 
             split = {name: VOCAB_ROWS if name == "seen" else ROWS for name in rows}
-            state = self._state_split("seen" in rows)
-            call = self._over(run, (VOCAB_ROWS, OWN, split, ROWS, SAME), (state, SAME))
+            state = self.state_split("seen" in rows)
+            call = self.over(run, (VOCAB_ROWS, OWN, split, ROWS, SAME), (state, SAME))
             return call(logits, cache, rows, controls, eos)
 
         @functools.partial(jax.jit, static_argnames=("width", *static), donate_argnames="state")
@@ -78,10 +81,10 @@ class Runner:
                 options = dict(width=width, logprobs=logprobs, processors=processors)
                 given = dict(steps=steps, halt=halt, eos=eos, controls=controls)
                 state, written = loop.decode(merge(weights), state, **given, **options)
-                return state, self._told(written)
+                return state, self.told(written)
 
-            split = self._state_split(state.seen is not None)
-            call = self._over(run, (self._split, split, SAME, ROWS, SAME, ROWS), (split, SAME))
+            split = self.state_split(state.seen is not None)
+            call = self.over(run, (self.split, split, SAME, ROWS, SAME, ROWS), (split, SAME))
             return call(weights, state, steps, halt, eos, controls)
 
         self._append, self._first = programs("append", append), programs("first", first)
@@ -90,7 +93,7 @@ class Runner:
     @property
     def model(self) -> CausalLM:
         """The module again; it shares the weights."""
-        return self._merge(self.weights)
+        return self.merge(self.weights)
 
     @property
     def row_ways(self) -> int:
@@ -104,22 +107,22 @@ class Runner:
         return self.spec.vocab + -self.spec.vocab % ways
 
     @property
-    def _split(self) -> list[PartitionSpec]:
+    def split(self) -> list[PartitionSpec]:
         return [w.sharding.spec for w in self.weights] if self.mesh is not None else []
 
-    def _state_split(self, seen: bool) -> loop.State:
+    def state_split(self, seen: bool) -> loop.State:
         rows = ("tokens", "emitted", "limits", "finished", "seeds")
         split: Any = dict(cache=OWN, seen=VOCAB_ROWS if seen else None, vocab=self.spec.vocab)
         return loop.State(**dict.fromkeys(rows, ROWS), **split)
 
-    def _over(self, function, takes, gives):
+    def over(self, function, takes, gives):
         return function if self.mesh is None else program.over(self.mesh, function, takes, gives)
 
-    def _told(self, written):
+    def told(self, written):
         """What the host reads: on a mesh, all rows on all chips."""
         return written if self.mesh is None else program.gather_rows(written)
 
-    def _put(self, tree, spec: PartitionSpec):
+    def put(self, tree, spec: PartitionSpec):
         return tree if self.mesh is None else program.put(self.mesh, tree, spec)
 
     def bind(self, function, takes: tuple[PartitionSpec, ...] = (ROWS,), gives: Any = ROWS, *, static=()):
@@ -136,12 +139,12 @@ class Runner:
         @functools.partial(jax.jit, static_argnames=static, donate_argnames="state")
         def flat(weights, args, state, **options):
             def run(weights, args, state):
-                return function(self._merge(weights), *args, *state, **options)
+                return function(self.merge(weights), *args, *state, **options)
 
-            return self._over(run, (self._split, arrays, kept), gives)(weights, args, state)
+            return self.over(run, (self.split, arrays, kept), gives)(weights, args, state)
 
         def call(*args, **options):
-            given = tuple(self._put(x, spec) for x, spec in zip(args, arrays, strict=False))
+            given = tuple(self.put(x, spec) for x, spec in zip(args, arrays, strict=False))
             return flat(self.weights, given, args[len(arrays) :], **options)
 
         return call
@@ -172,6 +175,17 @@ class Runner:
 
         On a mesh, B and V are what it pads them to.
         """
+        logits = self.no_logits(len(prompts))
+        for tokens, counts, first in self.pieces(prompts, fresh=fresh):
+            logits, cache = self._append(self.weights, tokens, counts, cache, logits, fresh=fresh and first)
+        return logits, cache
+
+    def no_logits(self, rows: int) -> jax.Array:
+        """Zeros `[B, V]` for what the first piece of the prompts of so many rows replaces."""
+        return _nothing(self.mesh, rows + -rows % self.row_ways, self.vocab)
+
+    def pieces(self, prompts: Sequence[Sequence[int]], *, fresh: bool) -> Iterator[tuple[Any, Any, bool]]:
+        """`(tokens int32 [B, T], counts int32 [B], is it the first)` of each pass over prompts, on the device."""
         prompts = [*prompts, *[[0]] * (-len(prompts) % self.row_ways)]
         lengths = np.asarray([len(p) for p in prompts], np.int32)
         split = self.mesh is not None and self.mesh.shape["sequence"] > 1 and fresh
@@ -179,12 +193,9 @@ class Runner:
         padded = np.zeros((len(prompts), parts[-1][0] + parts[-1][1]), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
-        logits = _nothing(self.mesh, len(prompts), self.vocab)
         for start, size in parts:
             counts = np.clip(lengths - start, 0, size)
-            given = self._put((padded[:, start : start + size], counts), ROWS)
-            logits, cache = self._append(self.weights, *given, cache, logits, fresh=fresh and start == 0)
-        return logits, cache
+            yield *self.put((padded[:, start : start + size], counts), ROWS), start == 0
 
     def begin(
         self,
@@ -199,6 +210,7 @@ class Runner:
         processors: Sequence[Processor] = (),
         samples: int = 1,
         cached: Sequence[Sequence[int]] | None = None,
+        prefill: Prefill | None = None,
     ) -> Batch:
         """Prefills prompts and draws each row's first token.
 
@@ -210,13 +222,14 @@ class Runner:
           logprobs: None, or how many alternatives a token to keep, 0 and more.
           samples: rows a prompt; it is prefilled once.
           cached: the tokens that are in the cache; None: it is empty.
+          prefill: called instead of `prefill`, with prompts that it may not repeat rows of.
         """
-        if samples > 1 and self.mesh is not None:
+        if samples > 1 and (self.mesh is not None or prefill is not None):
             # Rows of a mesh's caches are not where a copy of them would have to be.
             prompts = [p for p in prompts for _ in range(samples)]
             cached = None if cached is None else [p for p in cached for _ in range(samples)]
             samples = 1
-        logits, cache = self.prefill(prompts, cache, fresh=cached is None)
+        logits, cache = (prefill or self.prefill)(prompts, cache, fresh=cached is None)
         if samples > 1:
             logits, cache = _repeat_rows(logits, cache, samples)
         rows = [p for p in prompts for _ in range(samples)]
@@ -227,17 +240,17 @@ class Runner:
         given: dict[str, Any] = dict(
             last=np.asarray(last, np.int32), limits=np.asarray(limits, np.int32), seeds=np.asarray(seeds, np.uint32)
         )
-        given = self._put(given, ROWS)
+        given = self.put(given, ROWS)
         if controls.penalty is not None:
             seen = np.zeros((len(last), self.vocab), bool)
             for row, prompt in enumerate(rows):
                 seen[row, list(prompt)] = True
                 if cached is not None:
                     seen[row, list(cached[row // samples])] = True
-            given["seen"] = self._put(seen, VOCAB_ROWS)
+            given["seen"] = self.put(seen, VOCAB_ROWS)
         ends = np.full(max(4, 1 << (len(eos) - 1).bit_length() if eos else 0), -1, np.int32)
         ends[: len(eos)] = eos
-        ends, controls = self._put(ends, SAME), self._put(controls, ROWS)
+        ends, controls = self.put(ends, SAME), self.put(controls, ROWS)
         fixed = dict(logprobs=logprobs, processors=tuple(processors))
         state, written = self._first(logits, cache, given, controls, ends, **fixed)
         return Batch(self, state, written, ends, controls, fixed, rows=len(rows))
@@ -249,7 +262,7 @@ class Batch:
     def __init__(
         self, runner: Runner, state: loop.State, written: loop.Written, eos, controls, fixed: dict, *, rows: int
     ):
-        self._runner, self._eos, self._controls, self._fixed, self._rows = runner, eos, controls, fixed, rows
+        self._runner, self.eos, self.controls, self.fixed, self._rows = runner, eos, controls, fixed, rows
         self.state: loop.State | None = state
         self.written = self._read(written)
 
@@ -269,12 +282,12 @@ class Batch:
         state, written = self._runner._decode(
             self._runner.weights,
             state,
-            self._runner._put(np.int32(steps), SAME),
-            self._runner._put(halt, ROWS),
-            self._eos,
-            self._controls,
+            self._runner.put(np.int32(steps), SAME),
+            self._runner.put(halt, ROWS),
+            self.eos,
+            self.controls,
             width=WIDTH,
-            **self._fixed,
+            **self.fixed,
         )
         self.written = self._read(written)
         self.state = state

@@ -130,6 +130,7 @@ class CausalLM(nnx.Module):
         fresh: bool = False,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        tree: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         """Final hidden states of T new tokens a row.
 
@@ -140,6 +141,8 @@ class CausalLM(nnx.Module):
           fresh: static; the cache is empty in every row (its content is then not read).
           segment_ids: int32 `[B, T]`; tokens see their own segment alone. Without a cache only.
           positions: int32 `[B, T]`; default: consecutive. Without a cache only.
+          tree: bool `[B, T, T]`; the tokens are nodes of a tree, as in `Step`. With a cache only, of which
+            `Cache.commit` then keeps a branch: lengths after the pass are those of all nodes.
 
         Returns:
           `(hidden [B, T, d_model], the cache after or None, the mixtures' balancing loss)`. Where `zigzag.splits(T,
@@ -150,14 +153,15 @@ class CausalLM(nnx.Module):
             raise InputError("segment_ids and positions are for passes without a cache; leave out one or the other")
         starts = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
         if positions is None:
-            positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = starts[:, None] + (places if tree is None else jnp.sum(tree, -1, dtype=jnp.int32) - 1)
         if split := zigzag.splits(tokens.shape[1], cache is None or fresh):
             total = tokens.shape[1]
             tokens, positions = zigzag.share(tokens), zigzag.share(positions)
             segment_ids = None if segment_ids is None else zigzag.share(segment_ids)
             if counts is None and tokens.shape[1] * size("sequence") != total:
                 counts = jnp.full_like(starts, total)
-        step = Step(positions, counts, fresh, split)
+        step = Step(positions, counts, fresh, split, tree)
 
         x = self.embedded(tokens, positions)
         layers, loss = [], jnp.zeros((), jnp.float32)

@@ -1,0 +1,33 @@
+"""Speculative decoding: drafters, the rules of acceptance, and the loop that holds them together."""
+
+from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, by_rejection, residual
+from jaxinf.generation.speculative.draft_model import DraftModel
+from jaxinf.generation.speculative.drafter import MOST_NODES, Draft, Drafter, Verified, View, ancestors
+from jaxinf.generation.speculative.loop import Speculation, Tally, begin, decode, read_piece
+from jaxinf.generation.speculative.ngram import PromptLookup
+from jaxinf.generation.speculative.policy import Costs, Policy
+from jaxinf.generation.speculative.speculator import Speculator
+
+__all__ = [
+    "MOST_NODES",
+    "Accepted",
+    "Costs",
+    "Draft",
+    "DraftModel",
+    "Drafter",
+    "Judge",
+    "Policy",
+    "PromptLookup",
+    "Speculation",
+    "Speculator",
+    "Tally",
+    "Verified",
+    "View",
+    "ancestors",
+    "begin",
+    "by_equality",
+    "by_rejection",
+    "decode",
+    "read_piece",
+    "residual",
+]

@@ -1,0 +1,382 @@
+"""The speculative loop on the device: draft, verify in one pass of the target, accept, take back, emit.
+
+    while rows go on:
+      g = how many tokens are worth drafting                      (policy.py; 0: a plain step)
+      draft      = drafter.draft(...)                             nodes 1..N of a tree
+      logits     = target(latest token, draft)                    one pass, T = N + 1 tokens a row
+      path       = accept(draft, logits)                          accept.py
+      cache      = lengths, or a branch of the tree, of what stays
+      emit the target's tokens along the path, at least one a row
+
+Each row accepts its own number of tokens. One program serves whatever is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinf.cache import Cache
+from jaxinf.generation.loop import State, Written
+from jaxinf.generation.sampling import Controls, Processor
+from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, by_rejection
+from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View
+from jaxinf.generation.speculative.policy import Costs, Policy
+from jaxinf.models import CausalLM
+from sharding import split_axis
+from sharding.collectives import pmax
+from sharding.rules import RULES
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tally:
+    """What drafting came to, by row.
+
+    passes: int32 `[B]`, passes of the target after the first token. plain: of these, without a draft.
+    offered, accepted: int32 `[B, P - 1]`, passes in which the draft had a token so many places ahead and all before
+      it stood, and in which it stood too.
+    """
+
+    passes: jax.Array
+    plain: jax.Array
+    offered: jax.Array
+    accepted: jax.Array
+
+    @classmethod
+    def zeros(cls, batch: int, depth: int) -> Tally:
+        def some(*shape: int) -> jax.Array:
+            return jnp.zeros((batch, *shape), jnp.int32)
+
+        return cls(some(), some(), some(depth), some(depth))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Speculation:
+    """B rows between two passes. Donate it.
+
+    rows: as in plain decoding; of `seen` and the like nothing differs.
+    drafter: the drafter's state. history: int32 `[B, S]`, prompt and output, `rows.cache.lengths + 1` of them.
+    """
+
+    rows: State
+    drafter: Any
+    history: jax.Array
+    policy: Policy
+    tally: Tally
+
+    @property
+    def cache(self) -> Cache:
+        return self.rows.cache
+
+
+def begin(rows: State, drafter: Drafter, state: Any, history: jax.Array) -> Speculation:
+    """After the first token of each row, which `history` does not have yet."""
+    batch = rows.tokens.shape[0]
+    history = _appended(history, rows.cache.lengths, rows.tokens[:, None], jnp.ones_like(rows.tokens))
+    return Speculation(rows, state, history, Policy.new(batch, drafter.depth), Tally.zeros(batch, drafter.depth))
+
+
+def read_piece(
+    target: CausalLM,
+    drafter: Drafter,
+    tokens: jax.Array,
+    counts: jax.Array,
+    cache: Cache,
+    logits: jax.Array,
+    state: Any,
+    history: jax.Array,
+    *,
+    fresh: bool,
+) -> tuple[jax.Array, Cache, Any, jax.Array]:
+    """`jaxinf.generation.loop.append_piece` that the drafter reads too: `(logits, cache, its state, history)`."""
+    starts = cache.lengths
+    hidden, after, _ = target.hidden(tokens, cache, counts=counts, fresh=fresh)
+    assert after is not None
+    state = drafter.read(target, state, tokens, counts, hidden, fresh=fresh)
+    last = jnp.maximum(counts - 1, 0)
+    new = target.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    history = _appended(history, starts, tokens, counts)
+    return jnp.where((counts > 0)[:, None], new, logits), after, state, history
+
+
+def decode(
+    target: CausalLM,
+    drafter: Drafter,
+    state: Speculation,
+    *,
+    steps: jax.Array,
+    eos: jax.Array,
+    controls: Controls,
+    costs: Costs | None = None,
+    halt: jax.Array | None = None,
+    width: int = 64,
+    logprobs: int | None = None,
+    processors: tuple[Processor, ...] = (),
+) -> tuple[Speculation, Written]:
+    """Up to `steps` passes, in one loop that ends early once every row has finished.
+
+    Args:
+      steps: int32 scalar, at most `width`.
+      costs: what passes and drafts take, to draft as much as pays, or not at all; None: always draft in full.
+      halt: bool `[B]`, rows to be finished before anything is written.
+      width: static; `written` has room for so many tokens and those of one more pass.
+      eos, controls, logprobs, processors: as for `jaxinf.generation.decode`.
+    """
+    room = width + drafter.depth + 1
+    if halt is not None:
+        rows = dataclasses.replace(state.rows, finished=state.rows.finished | halt)
+        state = dataclasses.replace(state, rows=rows)
+    options: dict[str, Any] = dict(eos=eos, controls=controls, processors=processors)
+    target_graph, target_weights = nnx.split(target)
+    drafter_weights, drafter_tree = jax.tree.flatten(drafter)
+
+    def more(carry):
+        return (carry[2] < steps) & carry[3]
+
+    def going(state: Speculation, written: Written):
+        batch = RULES["batch"]
+        some = pmax(jnp.any(~state.rows.finished).astype(jnp.int32), *batch) > 0
+        return some & (pmax(jnp.max(written.counts), *batch) <= width)
+
+    def step(carry):
+        state, written, done, _ = carry
+        # Tied to the step, or XLA widens all 16-bit weights once before the loop and reads them at float32's cost.
+        weights, done = jax.lax.optimization_barrier(((target_weights, drafter_weights), done))
+        model = nnx.merge(target_graph, weights[0])
+        helper = jax.tree.unflatten(drafter_tree, weights[1])
+
+        def speculate(both, length, drafted=None):
+            state, written = both
+            return speculative_pass(model, helper, state, written, length, costs, drafted=drafted, **options)
+
+        def plainly(both):
+            state, written = both
+            return plain_pass(model, helper, state, written, **options)
+
+        both = (state, written)
+        if costs is None:
+            both = speculate(both, jnp.int32(drafter.depth))
+        else:
+            active = ~state.rows.finished
+            length = state.policy.length(costs, active, steps=drafter.steps)
+            drafted = None
+            if drafter.free:
+                view = view_of(state, length, controls, processors)
+                drafted, _, _ = helper.draft(model, state.drafter, view)
+                some = jnp.any((drafted.follows >= 0) & active[:, None]).astype(jnp.int32)
+                length = jnp.where(pmax(some, *RULES["batch"]) > 0, length, 0)
+            # Loops of one trip or none: a `cond` would copy the caches.
+            both = _if(length > 0, lambda both: speculate(both, length, drafted), both)
+            both = _if(length == 0, plainly, both)
+        state, written = both
+        return state, written, done + 1, going(state, written)
+
+    written = Written.empty(state.rows, room, logprobs)
+    start = (state, written, jnp.int32(0), going(state, written))
+    state, written, *_ = jax.lax.while_loop(more, step, start)
+    return state, written
+
+
+def speculative_pass(
+    target: CausalLM,
+    drafter: Drafter,
+    state: Speculation,
+    written: Written,
+    length: jax.Array,
+    costs: Costs | None,
+    *,
+    eos: jax.Array,
+    controls: Controls,
+    processors: tuple[Processor, ...],
+    drafted: Draft | None = None,
+) -> tuple[Speculation, Written]:
+    """Drafts `length` tokens in a row, at least 1, and verifies them. drafted: if that was done already."""
+    rows = state.rows
+    active = ~rows.finished
+    if drafted is None:
+        view = view_of(state, length, controls, processors)
+        draft, drafter_state, cache = drafter.draft(target, state.drafter, view)
+    else:
+        draft, drafter_state, cache = drafted, state.drafter, rows.cache
+    state = dataclasses.replace(state, drafter=drafter_state, rows=dataclasses.replace(rows, cache=cache))
+    room = rows.limits - rows.emitted - 1  # what is past it would not be emitted, and has no slots
+    batch, nodes = draft.tokens.shape
+    if drafter.chain:
+        given = jnp.full((batch,), nodes) if draft.counts is None else draft.counts
+        draft = dataclasses.replace(draft, counts=jnp.where(active, jnp.clip(room, 0, given), 0))
+        counts = draft.counts + active
+    else:
+        counts = jnp.where(active, nodes + 1, 0)
+
+    hidden, cache, _ = target.hidden(
+        jnp.concatenate([rows.tokens[:, None], draft.tokens], axis=1), cache, counts=counts, tree=draft.mask
+    )
+    assert cache is not None
+    logits = target.logits(hidden)
+    judge = Judge(rows.emitted, rows.seeds, rows.tokens, controls, rows.seen, rows.vocab, processors)
+    rule = by_equality if draft.probs is None else by_rejection
+    accepted = rule(judge, draft, logits, drafter.depth)
+    counts = _cut(accepted, rows, eos)
+    starts = rows.cache.lengths
+    if drafter.chain:
+        cache = cache.roll_back(starts + counts)
+    else:
+        cache = dataclasses.replace(cache, lengths=starts).commit(accepted.path, counts)
+    verified = Verified(
+        draft, accepted.path, counts, accepted.tokens, accepted.choices, hidden, cache, state.history, starts
+    )
+    state, written = _emit(state, written, verified, logits, eos)
+    tally, policy = _counted(state, draft, accepted, active, drafter, costs)
+    state = dataclasses.replace(state, tally=tally, policy=policy)
+    after = dataclasses.replace(verified, history=state.history)
+    return dataclasses.replace(state, drafter=drafter.commit(target, state.drafter, after)), written
+
+
+def plain_pass(
+    target: CausalLM,
+    drafter: Drafter,
+    state: Speculation,
+    written: Written,
+    *,
+    eos: jax.Array,
+    controls: Controls,
+    processors: tuple[Processor, ...],
+) -> tuple[Speculation, Written]:
+    """One token a row, as plain decoding has it."""
+    rows = state.rows
+    active = ~rows.finished
+    starts = rows.cache.lengths
+    hidden, cache, _ = target.hidden(rows.tokens[:, None], rows.cache, counts=active.astype(jnp.int32))
+    assert cache is not None
+    logits = target.logits(hidden)
+    judge = Judge(rows.emitted, rows.seeds, rows.tokens, controls, rows.seen, rows.vocab, processors)
+    nothing = Draft(jnp.zeros((rows.tokens.shape[0], 0), jnp.int32))
+    accepted = by_equality(judge, nothing, logits, 0)
+    counts = active.astype(jnp.int32)
+    verified = Verified(
+        None, accepted.path, counts, accepted.tokens, accepted.choices, hidden, cache, state.history, starts
+    )
+    state, written = _emit(state, written, verified, logits, eos)
+    tally = dataclasses.replace(state.tally, passes=state.tally.passes + counts, plain=state.tally.plain + counts)
+    state = dataclasses.replace(state, tally=tally, policy=state.policy.after_plain())
+    after = dataclasses.replace(verified, history=state.history)
+    return dataclasses.replace(state, drafter=drafter.commit(target, state.drafter, after)), written
+
+
+def view_of(state: Speculation, length: jax.Array, controls: Controls, processors: tuple[Processor, ...]) -> View:
+    rows = state.rows
+    return View(
+        cache=rows.cache,
+        tokens=rows.tokens,
+        emitted=rows.emitted,
+        active=~rows.finished,
+        history=state.history,
+        length=length,
+        seeds=rows.seeds,
+        controls=controls,
+        seen=rows.seen,
+        vocab=rows.vocab,
+        processors=processors,
+    )
+
+
+def _cut(accepted: Accepted, rows: State, eos: jax.Array) -> jax.Array:
+    """int32 `[B]`, how many of the accepted tokens are emitted: up to a final one, or the limit."""
+    final = jnp.any(accepted.tokens[:, :, None] == eos, axis=2)
+    place = jnp.arange(final.shape[1])
+    before = jnp.min(jnp.where(final, place + 1, final.shape[1]), axis=1)
+    counts = jnp.minimum(jnp.minimum(accepted.counts, before), rows.limits - rows.emitted)
+    return jnp.where(rows.finished, 0, counts).astype(jnp.int32)
+
+
+def _emit(
+    state: Speculation, written: Written, verified: Verified, logits: jax.Array, eos: jax.Array
+) -> tuple[Speculation, Written]:
+    """Writes each row's tokens after those it has; the state with them, and with the cache of `verified`."""
+    rows, counts, tokens = state.rows, verified.counts, verified.tokens
+    batch, width = tokens.shape
+    place = jnp.arange(width)
+    meant = place < counts[:, None]
+    at = jnp.where(meant, written.counts[:, None] + place, written.tokens.shape[1])
+    lines = jnp.arange(batch)[:, None]
+
+    def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
+        return buffer.at[lines, at].set(values, mode="drop")
+
+    last = jnp.maximum(counts - 1, 0)[:, None]
+    latest = jnp.where(counts > 0, jnp.take_along_axis(tokens, last, 1)[:, 0], rows.tokens)
+    emitted = rows.emitted + counts
+    ended = jnp.any(latest[:, None] == eos, axis=1) & (counts > 0)
+    finished = rows.finished | ended | (emitted >= rows.limits)
+    after = dataclasses.replace(
+        written, tokens=put(written.tokens, tokens), counts=written.counts + counts, finished=finished
+    )
+    if written.logprobs is not None:
+        along = jnp.take_along_axis(logits, verified.path[:, :, None], axis=1)
+        scores = split_axis.log_softmax(along)
+        after = dataclasses.replace(after, logprobs=put(written.logprobs, split_axis.take(scores, tokens)))
+        if written.top_ids is not None and written.top_logprobs is not None:
+            values, ids = split_axis.top_k(scores, written.top_ids.shape[-1])
+            after = dataclasses.replace(
+                after, top_ids=put(written.top_ids, ids), top_logprobs=put(written.top_logprobs, values)
+            )
+    seen = rows.seen
+    if seen is not None:
+        own = split_axis.own_entries(tokens, seen.shape[1])
+        seen = seen.at[lines, jnp.where(meant, own, seen.shape[1])].set(True, mode="drop")
+    rows = dataclasses.replace(
+        rows, cache=verified.cache, tokens=latest, emitted=emitted, finished=finished, seen=seen
+    )
+    history = _appended(state.history, verified.starts + 1, tokens, counts)
+    return dataclasses.replace(state, rows=rows, history=history), after
+
+
+def _counted(
+    state: Speculation, draft: Draft, accepted: Accepted, active: jax.Array, drafter: Drafter, costs: Costs | None
+) -> tuple[Tally, Policy]:
+    """The tally and the policy after a pass of so many accepted tokens, what was cut off at the end included."""
+    stood = accepted.counts - 1
+    reach = _reach(draft)
+    place = jnp.arange(drafter.depth)
+    offered = (place <= stood[:, None]) & (place < reach[:, None]) & active[:, None]
+    held = (place < stood[:, None]) & active[:, None]
+    tally = state.tally
+    tally = dataclasses.replace(
+        tally,
+        passes=tally.passes + active,
+        offered=tally.offered + offered,
+        accepted=tally.accepted + held,
+    )
+    policy = state.policy
+    if costs is not None:
+        policy = policy.after_draft(costs, stood, reach, active, steps=drafter.steps)
+    return tally, policy
+
+
+def _reach(draft: Draft) -> jax.Array:
+    """int32 `[B]`: how far ahead the longest branch goes."""
+    return jnp.max(jnp.where(draft.follows >= 0, draft.depths[:, 1:], 0), axis=1)
+
+
+def _appended(history: jax.Array, starts: jax.Array, tokens: jax.Array, counts: jax.Array) -> jax.Array:
+    """`history [B, S]` with row b's first `counts[b]` of `tokens [B, T]` at `starts[b]`."""
+    place = jnp.arange(tokens.shape[1])
+    at = jnp.where(place < counts[:, None], starts[:, None] + place, history.shape[1])
+    return history.at[jnp.arange(history.shape[0])[:, None], at].set(tokens, mode="drop")
+
+
+def _if(holds: jax.Array, change: Callable[[Any], Any], carry: Any) -> Any:
+    """`change(carry)` where `holds`, else `carry`, without a copy of it."""
+
+    def once(both):
+        return jnp.zeros((), bool), change(both[1])
+
+    return jax.lax.while_loop(lambda both: both[0], once, (holds, carry))[1]

@@ -1,0 +1,205 @@
+"""The host's side of speculation: a drafter's programs, and a batch under way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinf.cache import Cache
+from jaxinf.generation import buckets
+from jaxinf.generation.loop import State, Written
+from jaxinf.generation.runner import WIDTH, Batch, Runner
+from jaxinf.generation.speculative import loop
+from jaxinf.generation.speculative.drafter import Drafter, check_nodes
+from jaxinf.generation.speculative.loop import Speculation, Tally
+from jaxinf.generation.speculative.policy import Costs, Policy
+from pallas_kernels.errors import InputError, UnsupportedError
+from sharding.program import OWN, ROWS, SAME, VOCAB_ROWS
+
+
+class Speculator:
+    """Generation by a `Runner` with a drafter beside.
+
+    Args:
+      runner: of the target. drafter: on the target's mesh, if it has one.
+      costs: see `jaxinf.generation.speculative.decode`; None: drafts are always made in full.
+
+    Raises:
+      InputError: the drafter does not fit the target.
+      UnsupportedError: trees where keys cannot be moved, or ropes whose angles depend on how long a row is.
+    """
+
+    def __init__(self, runner: Runner, drafter: Drafter, costs: Costs | None = None):
+        check_nodes("the number of drafted tokens", drafter.nodes)
+        drafter.check(runner.model)
+        if runner.spec.reads_prompts_whole:
+            raise UnsupportedError(
+                "the angles of this model's rope depend on the length of a row, which drafted tokens would change: "
+                "decode without a drafter"
+            )
+        mesh = runner.mesh
+        if mesh is not None:
+            for axis in ("sequence", "pipeline"):
+                if mesh.shape[axis] > 1 and not drafter.chain:
+                    raise UnsupportedError(
+                        f"trees of drafted tokens move keys within the cache, which {axis}={mesh.shape[axis]} "
+                        "spreads over chips: take a drafter of chains"
+                    )
+            if mesh.shape["sequence"] > 1 and drafter.reads_hidden:
+                raise UnsupportedError(
+                    f"this drafter reads the hidden states of prompts, which sequence={mesh.shape['sequence']} "
+                    "spreads over chips: take another, or sequence=1"
+                )
+        self.runner, self.drafter, self.costs = runner, drafter, costs
+        leaves, tree = jax.tree.flatten(drafter)
+        self._weights = [_placed(runner, x) for x in leaves]
+        split = [x.sharding.spec for x in self._weights] if mesh is not None else []
+
+        def both(weights) -> tuple[Any, Drafter]:
+            return runner.merge(weights[0]), jax.tree.unflatten(tree, weights[1])
+
+        owned = [runner.split, split]
+
+        @functools.partial(jax.jit, static_argnames=("batch", "tokens"))
+        def init(weights, *, batch: int, tokens: int):
+            def make(weights):
+                target, helper = both(weights)
+                return helper.init(target, batch // runner.row_ways, tokens)
+
+            return runner.over(make, (owned,), OWN)(weights)
+
+        @functools.partial(
+            jax.jit, static_argnames="fresh", donate_argnames=("cache", "logits", "state", "history")
+        )
+        def read(weights, tokens, counts, cache, logits, state, history, *, fresh):
+            def run(weights, tokens, counts, cache, logits, state, history):
+                target, helper = both(weights)
+                return loop.read_piece(target, helper, tokens, counts, cache, logits, state, history, fresh=fresh)
+
+            takes = (owned, ROWS, ROWS, OWN, VOCAB_ROWS, OWN, ROWS)
+            gives = (VOCAB_ROWS, OWN, OWN, ROWS)
+            return runner.over(run, takes, gives)(weights, tokens, counts, cache, logits, state, history)
+
+        @functools.partial(jax.jit, donate_argnames=("rows", "state", "history"))
+        def begin(rows, state, history):
+            def run(rows, state, history):
+                return loop.begin(rows, drafter, state, history)
+
+            seen = rows.seen is not None
+            takes = (runner.state_split(seen), OWN, ROWS)
+            return runner.over(run, takes, self._state_split(seen))(rows, state, history)
+
+        static = ("width", "logprobs", "processors")
+
+        @functools.partial(jax.jit, static_argnames=static, donate_argnames="state")
+        def decode(weights, state, steps, halt, eos, controls, costs, *, width, logprobs, processors):
+            def run(weights, state, steps, halt, eos, controls, costs):
+                target, helper = both(weights)
+                given = dict(steps=steps, halt=halt, eos=eos, controls=controls, costs=costs)
+                options = dict(width=width, logprobs=logprobs, processors=processors)
+                state, written = loop.decode(target, helper, state, **given, **options)
+                return state, runner.told((written, state.tally))
+
+            split = self._state_split(state.rows.seen is not None)
+            takes = (owned, split, SAME, ROWS, SAME, ROWS, SAME)
+            call = runner.over(run, takes, (split, SAME))
+            return call(weights, state, steps, halt, eos, controls, costs)
+
+        self._init, self._read, self._start, self._decode = init, read, begin, decode
+
+    @property
+    def max_append(self) -> int:
+        """What the target's cache must be made with."""
+        return self.drafter.nodes + 1
+
+    @property
+    def spare(self) -> int:
+        """Tokens that the target's cache must have room for besides those of prompts and answers."""
+        return 0 if self.drafter.chain else self.drafter.nodes
+
+    def begin(self, prompts: Sequence[Sequence[int]], cache: Cache, **options: Any) -> SpeculativeBatch:
+        """As `Runner.begin`, without tokens that are in the cache already."""
+        if options.pop("cached", None) is not None:
+            raise InputError("a drafter reads prompts from their start: give an empty cache")
+        limits = options["limits"]
+        samples = options.get("samples", 1)
+        rows = [p for p in prompts for _ in range(samples)]
+        tokens = buckets.capacity(max(len(p) + n for p, n in zip(rows, limits, strict=True)) + 1, None)
+        held: list[Any] = []
+
+        def prefill(prompts, cache, *, fresh):
+            runner = self.runner
+            batch = len(prompts) + -len(prompts) % runner.row_ways
+            weights = [runner.weights, self._weights]
+            state = self._init(weights, batch=batch, tokens=tokens)
+            history = runner.put(np.zeros((batch, tokens), np.int32), ROWS)
+            logits = runner.no_logits(len(prompts))
+            for piece, counts, first in runner.pieces(prompts, fresh=fresh):
+                given = (weights, piece, counts, cache, logits, state, history)
+                logits, cache, state, history = self._read(*given, fresh=first)
+            held[:] = [state, history]
+            return logits, cache
+
+        plain = self.runner.begin(prompts, cache, prefill=prefill, **options)
+        state = self._start(plain.state, *held)
+        return SpeculativeBatch(self, plain, state)
+
+    def advance(self, state: Speculation, steps: int, halt, eos, controls, fixed, costs: Costs | None):
+        runner = self.runner
+        costs = None if costs is None else runner.put(jax.tree.map(np.float32, costs), SAME)
+        given = (runner.put(np.int32(steps), SAME), runner.put(halt, ROWS), eos, controls, costs)
+        return self._decode([runner.weights, self._weights], state, *given, width=WIDTH, **fixed)
+
+    def _state_split(self, seen: bool) -> Any:
+        policy = Policy(ROWS, ROWS, ROWS, SAME, SAME, self.drafter.depth)  # type: ignore[arg-type]
+        tally = Tally(ROWS, ROWS, ROWS, ROWS)  # type: ignore[arg-type]
+        return Speculation(self.runner.state_split(seen), OWN, ROWS, policy, tally)  # type: ignore[arg-type]
+
+
+class SpeculativeBatch:
+    """Rows being generated; as `Batch`. `tally`: what drafting came to so far, as numpy arrays."""
+
+    def __init__(self, speculator: Speculator, plain: Batch, state: Speculation):
+        self._speculator, self._plain = speculator, plain
+        self._state: Speculation | None = state
+        self.costs = speculator.costs
+        self.written: Written = plain.written
+        rows = len(plain.finished)
+        self.tally: Tally = jax.tree.map(
+            lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), jax.eval_shape(lambda: state.tally)
+        )
+
+    @property
+    def state(self) -> State | None:
+        return None if self._state is None else self._state.rows
+
+    @property
+    def finished(self) -> np.ndarray:
+        return np.asarray(self.written.finished)
+
+    def advance(self, steps: int, halt: np.ndarray | None = None) -> Written:
+        """Up to `steps` passes, at most `WIDTH`: as many tokens a row or more, unless rows end or `WIDTH` tokens are
+        there. halt: bool `[B]`, rows to finish first."""
+        if halt is None:
+            halt = np.zeros(self.finished.shape, bool)
+        rows, plain = len(self.finished), self._plain
+        halt = np.pad(halt, (0, -rows % self._speculator.runner.row_ways))
+        state, self._state = self._state, None  # donated: lost if a KeyboardInterrupt falls in here
+        assert state is not None
+        given = (steps, halt, plain.eos, plain.controls, plain.fixed, self.costs)
+        state, told = self._speculator.advance(state, *given)
+        self.written, self.tally = jax.tree.map(lambda x: x[:rows], jax.device_get(told))
+        self._state = state
+        return self.written
+
+
+def _placed(runner: Runner, x: jax.Array) -> jax.Array:
+    mesh = runner.mesh
+    if mesh is None or (isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh):
+        return x
+    return runner.put(x, PartitionSpec())
