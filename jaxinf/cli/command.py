@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from jaxinf.cli import interrupts
@@ -29,8 +30,10 @@ VERBS = {
     "plan": "say whether a model fits a slice of TPUs, on which mesh, and how fast",
     "compile": "save a model's compiled programs for later starts",
     "tune": "search a kernel's block sizes through the TPU compiler",
+    "train-drafter": "train what drafts for a model: heads of its own, or an aligned draft model",
 }
-"""Each verb is a module of this package with `configure(parser)` and `run(args) -> exit code`."""
+"""Each verb is a module of this package (a dash is an underscore there) with `configure(parser)` and `run(args) ->
+exit code`."""
 
 EPILOG = """\
 examples:
@@ -91,13 +94,17 @@ def _run(arguments: Sequence[str]) -> int:
     for name, summary in VERBS.items():
         verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == chosen:
-            importlib.import_module(f"jaxinf.cli.{name}").configure(verb)
+            _module(name).configure(verb)
     args = parser.parse_args(arguments)
     _prepare_streams()
     _quiet()
-    code = importlib.import_module(f"jaxinf.cli.{args.verb}").run(args)
+    code = _module(args.verb).run(args)
     sys.stdout.flush()
     return code
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"jaxinf.cli.{verb.replace('-', '_')}")
 
 
 def _version(arguments: Sequence[str]) -> str:

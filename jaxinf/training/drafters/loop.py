@@ -37,7 +37,7 @@ class HeadTraining:
 
     steps: int
     phases: tuple[Phase, ...]
-    optimizer: OptimizerSpec = field(default_factory=lambda: OptimizerSpec(0.02, 0.004))
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     seed: int = 0
 
     def __post_init__(self):
@@ -94,8 +94,10 @@ class HeadTrainer:
         until: int | None = None,
         checkpoint_minutes: float = 5.0,
         on_step: Callable[[HeadRecord], None] | None = None,
+        on_save: Callable[[], None] | None = None,
     ) -> None:
-        """Train to the end, or to step `until`; as `jaxinf.training.loop.Trainer.run`."""
+        """Train to the end, or to step `until`; as `jaxinf.training.loop.Trainer.run`. on_save: called whenever
+        `checkpoint_minutes` have passed."""
         last_save = time.monotonic()
         start = time.monotonic() - self.seconds
         try:
@@ -125,8 +127,10 @@ class HeadTrainer:
                 self.records.append(record)
                 if on_step is not None:
                     on_step(record)
-                if self._snapshots.kept and time.monotonic() - last_save > checkpoint_minutes * 60:
+                if time.monotonic() - last_save > checkpoint_minutes * 60:
                     self.save()
+                    if on_save is not None:
+                        on_save()
                     last_save = time.monotonic()
         except KeyboardInterrupt:
             self.save()
