@@ -195,7 +195,8 @@ class Runner:
             padded[row, : len(prompt)] = prompt
         for start, size in parts:
             counts = np.clip(lengths - start, 0, size)
-            yield *self.put((padded[:, start : start + size], counts), ROWS), start == 0
+            tokens, counts = self.put((padded[:, start : start + size], counts), ROWS)
+            yield tokens, counts, start == 0
 
     def begin(
         self,
@@ -258,6 +259,9 @@ class Runner:
 
 class Batch:
     """Rows being generated. `written`: what the latest call wrote, as numpy arrays, without rows that only pad."""
+
+    tally = None
+    """What drafting came to: there is none (`jaxinf.generation.speculative.SpeculativeBatch`)."""
 
     def __init__(
         self, runner: Runner, state: loop.State, written: loop.Written, eos, controls, fixed: dict, *, rows: int

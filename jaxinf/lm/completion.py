@@ -10,6 +10,30 @@ from jaxinf.generation import FinishReason
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """What drafting came to in one row.
+
+    passes: of the target, after the one that read the prompt; plain: of these, without a draft.
+    written: tokens that they gave, those cut off behind a stop string included.
+    offered: by how many places ahead (from 1), passes whose draft went so far and stood up to there; accepted: in
+      which that token stood too.
+    drafter_share: part of the time that drafting took, by the costs measured beforehand; None: they were not.
+    """
+
+    passes: int
+    plain: int
+    written: int
+    offered: tuple[int, ...]
+    accepted: tuple[int, ...]
+    drafter_share: float | None = None
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """By place, the share of drafted tokens that stood, of those before which all stood."""
+        return tuple(a / o if o else 0.0 for a, o in zip(self.accepted, self.offered, strict=True))
+
+
+@dataclass(frozen=True)
 class Stats:
     """Counts of one completion and its times; the rows of a batch share the times until they finish.
 
@@ -17,6 +41,7 @@ class Stats:
     new_tokens: in `Completion.tokens`.
     first_token_seconds: from the call to the first token, programs compiled on the way included.
     seconds: from the call to the end.
+    drafting: None without a drafter.
     """
 
     prompt_tokens: int
@@ -24,6 +49,29 @@ class Stats:
     new_tokens: int
     first_token_seconds: float
     seconds: float
+    drafting: Drafting | None = None
+
+    @property
+    def passes(self) -> int:
+        """Passes of the target, the one that read the prompt included."""
+        return self.new_tokens if self.drafting is None else self.drafting.passes + 1
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """New tokens for each pass of the target after the first; 1 without a drafter."""
+        d = self.drafting
+        return 1.0 if d is None or d.passes == 0 else d.written / d.passes
+
+    @property
+    def drafter_seconds(self) -> float:
+        """Of the time after the first token, what the drafter took, as far as costs were measured."""
+        share = None if self.drafting is None else self.drafting.drafter_share
+        return (share or 0.0) * max(self.seconds - self.first_token_seconds, 0.0)
+
+    @property
+    def target_seconds(self) -> float:
+        """Of the time after the first token, what the target took."""
+        return max(self.seconds - self.first_token_seconds, 0.0) - self.drafter_seconds
 
     @property
     def tokens_per_second(self) -> float:

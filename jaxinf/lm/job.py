@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 
 from jaxinf.generation import WIDTH, Batch, Row
-from jaxinf.lm.completion import Completion, Stats
+from jaxinf.generation.speculative import SpeculativeBatch
+from jaxinf.lm.completion import Completion, Drafting, Stats
 from jaxinf.lm.request import Request
 from jaxinf.lm.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ class Job:
         self,
         request: Request,
         tokenizer: Tokenizer | None,
-        start: Callable[[], Batch],
+        start: Callable[[], Batch | SpeculativeBatch],
         *,
         cached: int = 0,
         seconds: float = 0.5,
@@ -48,7 +49,7 @@ class Job:
         ]
         self.emitted: list[list[int]] = [[] for _ in prompts]
         """All that the device emitted, tokens after a stop string included."""
-        self.batch: Batch | None = None
+        self.batch: Batch | SpeculativeBatch | None = None
 
     def run(self) -> Generator[tuple[int, str], None, None]:
         """`(row, new text)` as text becomes certain. A KeyboardInterrupt inside ends the rows and the iteration."""
@@ -98,9 +99,10 @@ class Job:
 
     def completions(self) -> list[Completion]:
         """What each row wrote, after `run` has ended."""
-        return [self._completion(row, prompt) for row, prompt in zip(self.rows, self._prompts, strict=True)]
+        rows = zip(self.rows, self._prompts, strict=True)
+        return [self._completion(i, row, prompt) for i, (row, prompt) in enumerate(rows)]
 
-    def _completion(self, row: Row, prompt: list[int]) -> Completion:
+    def _completion(self, number: int, row: Row, prompt: list[int]) -> Completion:
         now = time.perf_counter()
         first = self._first or now
         stats = Stats(
@@ -109,6 +111,7 @@ class Job:
             new_tokens=len(row.tokens),
             first_token_seconds=first - self._begun,
             seconds=max(row.ended or now, first) - self._begun,
+            drafting=self._drafting(number),
         )
         asked = self._request.logprobs
         return Completion(
@@ -119,6 +122,19 @@ class Job:
             logprobs=None if asked is None else np.asarray(row.logprobs, np.float32),
             top_logprobs=row.top if asked else None,
         )
+
+    def _drafting(self, row: int) -> Drafting | None:
+        batch = self.batch
+        if not isinstance(batch, SpeculativeBatch):
+            return None
+        tally, costs = batch.tally, batch.costs
+        passes, plain = int(tally.passes[row]), int(tally.plain[row])
+        offered, accepted = (tuple(int(n) for n in x[row]) for x in (tally.offered, tally.accepted))
+        share = None
+        if costs is not None and passes:
+            drafting = (passes - plain) * float(costs.fixed) + float(costs.token) * sum(offered)
+            share = drafting / (drafting + plain + (passes - plain) * float(costs.verify))
+        return Drafting(passes, plain, len(self.emitted[row]) - 1, offered, accepted, share)
 
 
 class Stream:

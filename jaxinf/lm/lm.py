@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 
 from jaxinf import checkpoint
 from jaxinf.cache import Cache, Kind, check_kind
-from jaxinf.generation import Processor, Runner
+from jaxinf.generation import Batch, Processor, Runner
+from jaxinf.generation.speculative import Costs, Drafter, SpeculativeBatch
 from jaxinf.layers import ExpertChoice, MoESpec
 from jaxinf.lm import compilation_cache, fitting, programs_folder, scoring
 from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages, turn
 from jaxinf.lm.completion import Completion, Score
 from jaxinf.lm.defaults import Defaults, not_done
+from jaxinf.lm.drafting import Drafting, drafter_of
 from jaxinf.lm.job import STREAMED, Job, Stream
 from jaxinf.lm.locate import locate
 from jaxinf.lm.request import (
@@ -94,6 +96,7 @@ class LM:
 
     def _run(self, model: CausalLM, programs: programs_folder.User = programs_folder.none) -> None:
         self._runner = Runner(model, programs)
+        self._drafting: Drafting | None = None
         self._conversation: Conversation | None = None
         self._logits = self._runner.bind(lambda model, tokens: model(tokens), gives=LOGITS)
         self._score = scoring.Scorer(self._runner)
@@ -178,6 +181,46 @@ class LM:
         model = compression.quantize(unplace(self.model), scheme, **options)
         other._run(model if mesh is None else place_model(model, mesh))
         return other
+
+    def with_drafter(
+        self,
+        drafter: LM | CausalLM | Drafter | str | Path,
+        draft_tokens: int | None = None,
+        *,
+        adaptive: bool = True,
+        costs: Costs | None = None,
+    ) -> LM:
+        """This model with a drafter: what it writes is the same, in fewer passes (docs/speculative.md).
+
+        Greedy answers are token for token those without it; samples have the same distribution, and where drafts
+        are not sampled themselves (n-grams, heads, ...) are also the same tokens for the same seed.
+
+        Args:
+          drafter: another LM with the same tokenizer, the name or folder of one, a folder of heads that `jaxinf
+            train-drafter` wrote, a datastore of `jaxinf datastore`, a drafter of `jaxinf.generation.speculative`,
+            or "ngram", "self", "lookahead", "medusa", "eagle".
+          draft_tokens: of a draft at most; None: the drafter's own.
+          adaptive: draft as many tokens as pay, by the acceptance seen so far and by what passes cost here, which
+            is measured now (some seconds, once for a device: it is kept in a file) and for each other number of
+            rows when it first comes. False: always draft in full; then equal seeds give equal samples everywhere.
+          costs: used instead of measuring.
+
+        Raises:
+          InputError: another vocabulary or tokenizer, heads of another model, a draft length out of range.
+          UnsupportedError: the drafter cannot serve this model or mesh.
+        """
+        other = copy.copy(self)
+        found = drafter_of(drafter, self.model, self.tokenizer, draft_tokens)
+        other._drafting = Drafting(self._runner, found, adaptive=adaptive, costs=costs)
+        other._conversation = None
+        if adaptive:
+            other._drafting.of_rows(1, other._draft_cache)
+        return other
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """What drafts; None: every token is a pass."""
+        return None if self._drafting is None else self._drafting.drafter
 
     @property
     def mesh(self) -> Mesh | None:
@@ -388,6 +431,8 @@ class LM:
                 held = request.prompts[0] + job.emitted[0][:-1]
                 self._conversation = Conversation(job.batch.state.cache, held, window, sinks, kind)
 
+        if self._drafting is not None:  # a drafter reads what it drafts for from the start
+            return Job(request, self.tokenizer, lambda: self._begin(request), **pace)
         previous, self._conversation = self._conversation, None
         cache, cached = turn(previous, request, self.spec, new_cache)
         begin = functools.partial(self._begin, request, cache, cached)
@@ -499,14 +544,24 @@ class LM:
         spec = self.spec
         return f"LM({spec.depth} layers of {spec.d_model}, vocabulary {spec.vocab}, context {self.context})"
 
-    def _begin(self, request: Request, cache: Cache | None = None, cached: int = 0):
+    def _begin(self, request: Request, cache: Cache | None = None, cached: int = 0) -> Batch | SpeculativeBatch:
         prompts = request.prompts
+        if cache is None and self._drafting is not None and self._drafting.serves(request.tokens):
+            rows = len(prompts) * request.samples
+            speculator = self._drafting.of_rows(rows, self._draft_cache)
+            return speculator.begin(prompts, self._draft_cache(rows, request.tokens, request), **self._how(request))
         if cache is None:
             rows = len(prompts) * (request.samples if self.mesh is not None else 1)
             cache = self._cache(rows, request.tokens, request.window, request.sinks, request.cache)
         return self._runner.begin(
             [p[cached:] for p in prompts],
             cache,
+            cached=[p[:cached] for p in prompts] if cached else None,
+            **self._how(request),
+        )
+
+    def _how(self, request: Request) -> dict[str, Any]:
+        return dict(
             limits=request.limits,
             params=request.params,
             seeds=request.seeds,
@@ -514,7 +569,16 @@ class LM:
             logprobs=request.logprobs,
             processors=request.processors,
             samples=request.samples,
-            cached=[p[:cached] for p in prompts] if cached else None,
+        )
+
+    def _draft_cache(self, rows: int, tokens: int, request: Request | None = None) -> Cache:
+        """A cache of the target for a pass over drafts."""
+        assert self._drafting is not None
+        asked = self._facts if request is None else request
+        spare = self._drafting.spare
+        options: Any = dict(window=asked.window, sinks=asked.sinks, kind=asked.cache)
+        return self._runner.new_cache(
+            rows, tokens + spare, limit=self.context + spare, max_append=self._drafting.max_append, **options
         )
 
     def _cache(

@@ -6,7 +6,7 @@ from jaxinf.generation.speculative.drafter import MOST_NODES, Draft, Drafter, Ve
 from jaxinf.generation.speculative.loop import Speculation, Tally, begin, decode, read_piece
 from jaxinf.generation.speculative.ngram import PromptLookup
 from jaxinf.generation.speculative.policy import Costs, Policy
-from jaxinf.generation.speculative.speculator import Speculator
+from jaxinf.generation.speculative.speculator import SpeculativeBatch, Speculator
 
 __all__ = [
     "MOST_NODES",
@@ -19,6 +19,7 @@ __all__ = [
     "Policy",
     "PromptLookup",
     "Speculation",
+    "SpeculativeBatch",
     "Speculator",
     "Tally",
     "Verified",

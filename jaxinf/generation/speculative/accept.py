@@ -7,9 +7,9 @@ there, and a candidate stands if it equals the draw. So each token is the one pl
 the same seed; a candidate x stands with its probability p(x), which is what rejection sampling grants a point mass.
 
 `by_rejection`: candidates x were drawn from q. x stands with probability min(1, p(x) / q(x)); where it falls,
-p becomes norm(max(p - q, 0)), by which the next sibling is judged, or from which the token is drawn (Leviathan et al.
-2023, arXiv:2211.17192, section 2.3; Chen et al. 2023, arXiv:2302.01318, algorithm 2; with siblings: Miao et al. 2023,
-arXiv:2305.09781, section 4.3).
+p becomes norm(max(p - q, 0)), by which the next sibling is judged, or from which the token is drawn (Leviathan et
+al. 2023, arXiv:2211.17192, section 2.3; Chen et al. 2023, arXiv:2302.01318, algorithm 2; with siblings: Miao et al.
+2023, arXiv:2305.09781, section 4.3).
 """
 
 from __future__ import annotations

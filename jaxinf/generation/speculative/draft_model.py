@@ -8,19 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxinf.cache import Cache
-from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View, check_nodes, with_token
-from jaxinf.generation.step import prefill
+from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View, check_nodes
+from jaxinf.generation.speculative.writing import CATCH_UP, further, read_on, write_chain
 from jaxinf.models import CausalLM
 from pallas_kernels.errors import InputError
-from sharding import split_axis
-from sharding.collectives import pmax
-from sharding.rules import RULES
-
-CATCH_UP = 16
-"""Tokens of a pass over what the draft model has not read yet."""
 
 
 @jax.tree_util.register_dataclass
@@ -72,55 +65,9 @@ class DraftModel(Drafter):
         return after
 
     def draft(self, target: CausalLM, state: Cache, view: View) -> tuple[Draft, Cache, Cache]:
-        batch, width = view.tokens.shape[0], self.tokens
-        known = view.lengths + 1
-        graph, weights = nnx.split(self.model)
-
-        def behind(cache: Cache) -> jax.Array:
-            return jnp.where(view.active, known - cache.lengths, 0)
-
-        def more(cache: Cache) -> jax.Array:
-            return pmax(jnp.max(behind(cache)), *RULES["batch"]) > 2
-
-        def catch_up(cache: Cache) -> Cache:
-            fenced, lengths = jax.lax.optimization_barrier((weights, cache.lengths))
-            counts = jnp.clip(behind(cache) - 1, 0, CATCH_UP)
-            _, after, _ = nnx.merge(graph, fenced).hidden(view.tail(lengths, CATCH_UP), cache, counts=counts)
-            assert after is not None
-            return after
-
-        # After plain steps there is more to read than the last draft's token and what followed it.
-        cache = jax.lax.while_loop(more, catch_up, state)
-        logits, cache = prefill(self.model, view.tail(cache.lengths, 2), behind(cache), cache)
-        tokens = jnp.zeros((batch, width), jnp.int32)
-        probs = jnp.zeros((batch, width, logits.shape[1]), jnp.float32) if view.samples else None
-
-        def choose(j, logits, latest, seen, tokens, probs):
-            """Token j of the draft, and what is written down of it."""
-            x = view.processed(logits, latest, j, seen)
-            if probs is None:
-                token = split_axis.argmax(x)
-            else:
-                token = view.draw(x, j + 1)
-                probs = jax.lax.dynamic_update_index_in_dim(probs, split_axis.softmax(x), j, axis=1)
-            return token, jax.lax.dynamic_update_index_in_dim(tokens, token, j, axis=1), probs
-
-        def step(carry):
-            j, cache, latest, seen, tokens, probs = carry
-            fenced, latest = jax.lax.optimization_barrier((weights, latest))
-            active = view.active.astype(jnp.int32)
-            logits, cache = prefill(nnx.merge(graph, fenced), latest[:, None], active, cache)
-            seen = with_token(seen, latest)
-            token, tokens, probs = choose(j, logits, latest, seen, tokens, probs)
-            return j + 1, cache, token, seen, tokens, probs
-
-        latest, tokens, probs = choose(0, logits, view.tokens, view.seen, tokens, probs)
-        length = jnp.minimum(view.length, width)
-        start: Any = (jnp.int32(1), cache, latest, view.seen, tokens, probs)
-        carry = jax.lax.while_loop(lambda carry: carry[0] < length, step, start)
-        _, cache, _, _, tokens, probs = carry
-        counts = jnp.where(view.active, length, 0)
-        return Draft(tokens, counts, probs=probs), cache, view.cache
+        logits, cache = read_on(self.model, state, view)
+        draft, cache = write_chain(further(self.model, view.active), logits, cache, view, self.tokens)
+        return draft, cache, view.cache
 
     def commit(self, target: CausalLM, state: Cache, verified: Verified) -> Cache:
         return state.roll_back(jnp.minimum(state.lengths, verified.lengths))

@@ -131,8 +131,8 @@ class View:
     def processed(
         self, logits: jax.Array, tokens: jax.Array, ahead: jax.Array | int, seen: jax.Array | None
     ) -> jax.Array:
-        """The log-distribution, not normalised, that the rows' settings make of `logits [B, V]`, which follow `tokens`
-        int32 `[B]` and `ahead` drafted ones."""
+        """The log-distribution, not normalised, that the rows' settings make of `logits [B, V]`, which come after
+        `tokens` int32 `[B]` and `ahead` drafted ones."""
         context = Context(tokens, self.emitted + ahead, seen, self.vocab)
         return process(logits, self.controls, context=context, processors=self.processors)
 

@@ -172,7 +172,7 @@ def decode(
                 view = view_of(state, length, controls, processors)
                 drafted, _, _ = helper.draft(model, state.drafter, view)
                 some = jnp.any((drafted.follows >= 0) & active[:, None]).astype(jnp.int32)
-                length = jnp.where(pmax(some, *RULES["batch"]) > 0, length, 0)
+                length = jnp.where((pmax(some, *RULES["batch"]) > 0) | (costs.verify <= 0), length, 0)
             # Loops of one trip or none: a `cond` would copy the caches.
             both = _if(length > 0, lambda both: speculate(both, length, drafted), both)
             both = _if(length == 0, plainly, both)
@@ -212,7 +212,7 @@ def speculative_pass(
     if drafter.chain:
         given = jnp.full((batch,), nodes) if draft.counts is None else draft.counts
         draft = dataclasses.replace(draft, counts=jnp.where(active, jnp.clip(room, 0, given), 0))
-        counts = draft.counts + active
+        counts = jnp.sum(draft.meant, axis=1, dtype=jnp.int32) + active
     else:
         counts = jnp.where(active, nodes + 1, 0)
 

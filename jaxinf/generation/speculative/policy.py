@@ -30,8 +30,8 @@ _LONGEST_WAIT = 768
 class Costs:
     """What the parts of a pass take, in plain steps of the target; float32 scalars.
 
-    verify: the target's pass over latest token and draft. fixed: of a draft, whatever its length.
-    token: of each token drafted in a row.
+    verify: the target's pass over latest token and draft; 0: verify even where nothing was drafted. fixed: of a
+    draft, whatever its length. token: of each token drafted in a row.
     """
 
     verify: jax.Array | float

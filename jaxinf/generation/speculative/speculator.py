@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +59,7 @@ class Speculator:
         self.runner, self.drafter, self.costs = runner, drafter, costs
         leaves, tree = jax.tree.flatten(drafter)
         self._weights = [_placed(runner, x) for x in leaves]
-        split = [x.sharding.spec for x in self._weights] if mesh is not None else []
+        split = [_spec(x) for x in self._weights] if mesh is not None else []
 
         def both(weights) -> tuple[Any, Drafter]:
             return runner.merge(weights[0]), jax.tree.unflatten(tree, weights[1])
@@ -111,6 +112,12 @@ class Speculator:
             return call(weights, state, steps, halt, eos, controls, costs)
 
         self._init, self._read, self._start, self._decode = init, read, begin, decode
+
+    def with_costs(self, costs: Costs | None) -> Speculator:
+        """The same programs with other costs."""
+        other = copy.copy(self)
+        other.costs = costs
+        return other
 
     @property
     def max_append(self) -> int:
@@ -183,8 +190,8 @@ class SpeculativeBatch:
         return np.asarray(self.written.finished)
 
     def advance(self, steps: int, halt: np.ndarray | None = None) -> Written:
-        """Up to `steps` passes, at most `WIDTH`: as many tokens a row or more, unless rows end or `WIDTH` tokens are
-        there. halt: bool `[B]`, rows to finish first."""
+        """Up to `steps` passes, at most `WIDTH`, which give as many tokens a row or more, unless rows end or
+        `WIDTH` tokens are there. halt: bool `[B]`, rows to finish first."""
         if halt is None:
             halt = np.zeros(self.finished.shape, bool)
         rows, plain = len(self.finished), self._plain
@@ -196,6 +203,11 @@ class SpeculativeBatch:
         self.written, self.tally = jax.tree.map(lambda x: x[:rows], jax.device_get(told))
         self._state = state
         return self.written
+
+
+def _spec(x: jax.Array) -> PartitionSpec:
+    assert isinstance(x.sharding, NamedSharding)
+    return x.sharding.spec
 
 
 def _placed(runner: Runner, x: jax.Array) -> jax.Array:
