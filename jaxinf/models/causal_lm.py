@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,7 +18,7 @@ from jaxinf.models.pipeline import in_stages, micro_batches, through_stages
 from jaxinf.models.spec import ModelSpec
 from jaxinf.models.spec import Segment as SegmentSpec
 from pallas_kernels import chips
-from pallas_kernels.errors import InputError
+from pallas_kernels.errors import InputError, UnsupportedError
 from pallas_kernels.stored import storage_dtype
 from sharding import split_axis, zigzag
 from sharding.collectives import size
@@ -45,24 +45,32 @@ class Segment(nnx.Module):
             self.blocks = nnx.List([stack(slot) for slot in zip(*rows, strict=True)])
 
     def __call__(
-        self, x: jax.Array, step: Step, caches: tuple[LayerCache, ...] | None, segment_ids=None
+        self,
+        x: jax.Array,
+        step: Step,
+        caches: tuple[LayerCache, ...] | None,
+        segment_ids=None,
+        skip: frozenset[int] = frozenset(),
     ) -> tuple[jax.Array, tuple[LayerCache, ...] | None, jax.Array]:
+        """skip: static; layers of the segment that are left out, with their caches as they are."""
         run = self._list if self.layout == "list" else self._stacked
-        return run(x, step, caches, segment_ids)
+        return run(x, step, caches, segment_ids, skip)
 
-    def _list(self, x, step, caches, segment_ids):
-        after, losses = [], []
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x, cache, loss = block(x, step, cache, segment_ids=segment_ids)
+    def _list(self, x, step, caches, segment_ids, skip):
+        after, losses = [], [jnp.zeros((), jnp.float32)]
+        for i, (block, cache) in enumerate(zip(self.blocks, caches or [None] * len(self.blocks), strict=True)):
+            if i not in skip:
+                x, cache, loss = block(x, step, cache, segment_ids=segment_ids)
+                losses.append(loss)
             after.append(cache)
-            losses.append(loss)
         return x, tuple(after) if caches is not None else None, jnp.sum(jnp.stack(losses))
 
-    def _stacked(self, x, step, caches, segment_ids):
+    def _stacked(self, x, step, caches, segment_ids, skip):
         # Only without gradients: those of what the loop does not cut would be as large as the stack at every layer.
         whole = is_in_place if caches is not None else lambda path, value: False
         split = [nnx.split(block, whole, ...) for block in self.blocks]
         repeats = jax.tree.leaves(split[0][1:])[0].shape[0]  # of a pipeline's stage, those that it has
+        kept = self._kept(skip, whole=repeats == self.spec.repeats) if skip else None
 
         def run(x, step, caches, segment_ids, first):
             late = caches is not None and all(b.leaves_sums(x.shape[0] * x.shape[1]) for b in self.blocks)
@@ -70,6 +78,8 @@ class Segment(nnx.Module):
             def body(carry, xs):
                 x, caches, loss = carry
                 layer, states = xs
+                if states is None:
+                    states = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cut)
                 after = []
                 for slot, ((graph, stacks, _), state) in enumerate(zip(split, states, strict=True)):
                     cache = None if caches is None else caches[slot]
@@ -83,15 +93,29 @@ class Segment(nnx.Module):
                     loss = loss + extra
                 return (x, tuple(after) if caches is not None else None, loss), None
 
-            layers = jnp.arange(repeats, dtype=jnp.int32)
+            layers, cut = jnp.arange(repeats, dtype=jnp.int32), [state for _, _, state in split]
             start = (Unsummed.of(x) if late else x, caches, jnp.zeros((), jnp.float32))
-            (x, caches, loss), _ = jax.lax.scan(body, start, (layers, [state for _, _, state in split]))
+            given = (layers, cut) if kept is None else (jnp.asarray(kept, jnp.int32), None)
+            (x, caches, loss), _ = jax.lax.scan(body, start, given)
             return x.settle()[0] if isinstance(x, Unsummed) else x, caches, loss
 
         if repeats == self.spec.repeats:
             return run(x, step, caches, segment_ids, None)
         parts = micro_batches(x.shape[0], self.spec)
         return through_stages(run, x, step, caches, segment_ids, layers=repeats, parts=parts)
+
+    def _kept(self, skip: frozenset[int], *, whole: bool) -> list[int]:
+        """The repeats that are left, of a stack that stages have not cut unless `whole` is False."""
+        if not whole:
+            raise UnsupportedError("layers cannot be skipped where a mesh's pipeline cuts their stack: use pipeline=1")
+        period = len(self.spec.period)
+        rows = [{*range(i * period, (i + 1) * period)} for i in range(self.spec.repeats)]
+        if any(0 < len(row & skip) < period for row in rows):
+            raise UnsupportedError(
+                f'a model of layout="stacked" skips whole periods of {period} layers, which layers '
+                f'{sorted(skip)} of a segment are not: skip those of whole periods, or take layout="list"'
+            )
+        return [i for i, row in enumerate(rows) if not row <= skip]
 
 
 class CausalLM(nnx.Module):
@@ -131,6 +155,7 @@ class CausalLM(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         tree: jax.Array | None = None,
+        skip: Collection[int] = (),
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         """Final hidden states of T new tokens a row.
 
@@ -143,6 +168,8 @@ class CausalLM(nnx.Module):
           positions: int32 `[B, T]`; default: consecutive. Without a cache only.
           tree: bool `[B, T, T]`; the tokens are nodes of a tree, as in `Step`. With a cache only, of which
             `Cache.commit` then keeps a branch: lengths after the pass are those of all nodes.
+          skip: static; indices of layers that are left out, whose caches stay as they are. Where layers are stacked,
+            whole periods.
 
         Returns:
           `(hidden [B, T, d_model], the cache after or None, the mixtures' balancing loss)`. Where `zigzag.splits(T,
@@ -165,8 +192,11 @@ class CausalLM(nnx.Module):
 
         x = self.embedded(tokens, positions)
         layers, loss = [], jnp.zeros((), jnp.float32)
+        first = 0
         for i, segment in enumerate(self.segments):
-            x, after, extra = segment(x, step, None if cache is None else cache.layers[i], segment_ids)
+            left = frozenset(layer - first for layer in skip if first <= layer < first + segment.spec.layers)
+            first += segment.spec.layers
+            x, after, extra = segment(x, step, None if cache is None else cache.layers[i], segment_ids, left)
             layers.append(after)
             loss = loss + extra
         if self.final_norm is not None:
