@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxinf.cli import interrupts, output
 from jaxinf.cli.device import open_device
-from jaxinf.cli.options import add_cache, add_dtype, add_json
+from jaxinf.cli.options import add_cache, add_dtype, add_json, count
 
 if TYPE_CHECKING:
     from jaxinf.lm import LM, Completion
@@ -19,10 +19,15 @@ examples:
   jaxinf generate 'import ' --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
   git diff | jaxinf generate - --model ./my-model --chat --json
   jaxinf generate 'class Tree:' --model ./my-model --mesh tensor=8
+  jaxinf generate 'class Tree:' --draft ngram --max-new-tokens 400
+  jaxinf generate 'class Tree:' --model ./large --draft ./small --draft-tokens 5
 
 Text goes to stdout, counts and times to stderr. The first run of a size compiles; later ones find the programs
 in a cache folder (JAXINF_COMPILATION_CACHE=0 turns that off, a path moves it).
 """
+
+DRAFTER, PAYS = "ngram", 128
+"""What drafts for the embedded model, and from how many tokens on it pays: its programs have to be loaded, too."""
 
 SAMPLING = {
     "temperature": (float, "T", "divides the logits; 0 takes the likeliest token"),
@@ -58,6 +63,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--quantize", metavar="S", help="round weights while they are read: int8, int4, w8a8, nf4, ..."
     )
     parser.add_argument("--programs", metavar="DIR", help="programs that `jaxinf compile` saved")
+    parser.add_argument(
+        "--draft",
+        metavar="D",
+        help="write the same in fewer passes with a drafter: a smaller model, a folder of heads, a datastore, "
+        f"ngram, lookahead, self, medusa, eagle; none (default: {DRAFTER} for the embedded model where at least "
+        f"{PAYS} tokens are asked for, else none)",
+    )
+    parser.add_argument("--draft-tokens", type=count, metavar="N", help="of a draft at most (default: its own)")
     add_dtype(parser, "the checkpoint's")
     add_json(parser)
 
@@ -74,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     lm = LM.from_pretrained(
         folder, dtype=args.dtype, mesh=args.mesh, quantize=args.quantize, programs=args.programs
     )
+    if drafter := _drafter(args):
+        lm = lm.with_drafter(drafter, args.draft_tokens)
     given: Any = lm.chat_tokens([{"role": "user", "content": prompt}]) if args.chat else prompt
     options = {name: getattr(args, name.replace("-", "_")) for name in ("seed", "stop", "window", "sinks", "cache")}
     options |= {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in SAMPLING}
@@ -89,6 +104,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         output.note(_summary(answers))
     return 130 if any(answer.finish_reason == "interrupted" for answer in answers) else 0
+
+
+def _drafter(args: argparse.Namespace) -> str | None:
+    """What to draft with, as asked for or where it pays."""
+    from pallas_kernels.errors import InputError
+
+    if args.draft is not None:
+        return None if args.draft == "none" else args.draft
+    if args.draft_tokens is not None:
+        raise InputError(f"--draft-tokens {args.draft_tokens} is for a drafter: name one with --draft")
+    pays = args.model == "stdlib" and (args.max_new_tokens or 0) >= PAYS and args.mesh is None
+    return DRAFTER if pays else None
 
 
 def _stream(lm: LM, given: Any, args: argparse.Namespace, prompt: str, options: dict[str, Any]) -> Completion:
@@ -124,6 +151,9 @@ def _summary(answers: list[Completion]) -> str:
     if tokens == 0:
         return f"no tokens ({answers[0].finish_reason})"
     parts = [f"{tokens} tokens", f"first after {output.seconds(stats[0].first_token_seconds)}"]
+    if any(s.drafting is not None for s in stats):
+        passes = sum(s.passes - 1 for s in stats)
+        parts.append(f"{sum(s.drafting.written for s in stats if s.drafting) / max(passes, 1):.2f} tokens a pass")
     # Rows run side by side: what they wrote after their first tokens, over the time of the longest.
     rest = max(s.seconds - s.first_token_seconds for s in stats)
     if tokens > len(answers) and rest > 0:
@@ -145,6 +175,8 @@ def _document(args: argparse.Namespace, prompt: str, answers: list[Completion]) 
                 "first_token_seconds": answer.stats.first_token_seconds,
                 "seconds": answer.stats.seconds,
                 "tokens_per_second": answer.stats.tokens_per_second,
+                "passes": answer.stats.passes,
+                "tokens_per_pass": answer.stats.tokens_per_pass,
             }
             for answer in answers
         ],

@@ -257,3 +257,24 @@ def test_json_keeps_letters(run, checkpoint: Path) -> None:
     _, out, _ = run("generate", "naïve", "--model", checkpoint, "--max-new-tokens", 1, "--json")
     assert "naïve" in out
     assert json.loads(out)["prompt"] == "naïve"
+
+
+def test_a_drafter_writes_the_same_in_fewer_passes(run, run_json, checkpoint: Path, lm: LM) -> None:
+    want = lm.generate(PROMPT, 30)
+    got = run_json("generate", PROMPT, "--model", checkpoint, "--max-new-tokens", 30, "--draft", "ngram")
+    (answer,) = got["completions"]
+    assert answer["tokens"] == want.tokens
+    assert 1 <= answer["tokens_per_pass"]
+    assert answer["passes"] <= 30
+    code, _, err = run("generate", PROMPT, "--model", checkpoint, "--max-new-tokens", 30, "--draft", "ngram")
+    assert code == 0
+    assert re.search(r"[\d.]+ tokens a pass", err)
+
+
+def test_a_draft_length_needs_a_drafter(run, checkpoint: Path) -> None:
+    code, _, err = run("generate", PROMPT, "--model", checkpoint, "--draft-tokens", 3)
+    assert code != 0
+    assert "--draft-tokens 3 is for a drafter: name one with --draft" in err
+    code, _, err = run("generate", PROMPT, "--model", checkpoint, "--draft", "nosuch")
+    assert code != 0
+    assert "there is no model 'nosuch'" in err
