@@ -81,8 +81,7 @@ def drafter_of(what: Any, target: CausalLM, tokenizer: Tokenizer | None, tokens:
 
 
 def _heads(folder: Path, target: CausalLM, given: dict[str, Any]) -> Drafter:
-    drafting = load_drafter(folder)
-    drafting.check(target)
+    drafting = load_drafter(folder, target, dtype=target.dtype)
     kind = speculative.Medusa if drafting.kind == "medusa" else speculative.Eagle
     return kind.of(drafting.head, drafting.ranks, **given)
 

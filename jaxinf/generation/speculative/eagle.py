@@ -7,6 +7,7 @@ arXiv:2412.19437, section 2.2.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinf.cache import Cache
-from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View, check_nodes, with_token
+from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View, check_nodes
 from jaxinf.generation.speculative.features import Reading
 from jaxinf.generation.speculative.medusa import check_made_for
+from jaxinf.generation.speculative.writing import write_chain
 from jaxinf.models import CausalLM
 from jaxinf.models.drafting import EagleHead
 from pallas_kernels.errors import UnsupportedError
@@ -29,17 +31,24 @@ from sharding.collectives import size
 @dataclass(frozen=True)
 class Eagle(Drafter):
     """A chain. At temperature 0 it drafts the head's likeliest tokens; else it draws them from the head's
-    distribution under the target's settings, and rejection keeps the target's exactly.
+    distribution under the target's settings, and rejection keeps the target's exactly. With several modules the
+    likeliest are drafted at any temperature, all of them in every pass.
 
-    head: in the target's dtype. tokens: static, a draft's length at most. target: static, fingerprint of the model
-    that the head is for; None: any.
+    head: for the target's features. tokens: static, a draft's length at most. target: static, fingerprint of the
+    model that the head is for; None: any. confidence: static, as of `write_chain`.
     """
 
     head: EagleHead
     tokens: int = dataclasses.field(default=4, metadata=dict(static=True))
     target: str | None = dataclasses.field(default=None, metadata=dict(static=True))
+    confidence: float = dataclasses.field(default=0.0, metadata=dict(static=True))
 
     reads_hidden = True
+
+    @classmethod
+    def of(cls, head: EagleHead, ranks: Sequence[Sequence[float]] = (), **options: Any) -> Eagle:
+        """A drafter of stored heads. ranks: measured agreement, which a chain does not need."""
+        return cls(head, **options)
 
     @property
     def nodes(self) -> int:
@@ -47,11 +56,11 @@ class Eagle(Drafter):
 
     @property
     def draws(self) -> bool:
-        return True
+        return self.head.spec.modules == 1
 
     @property
     def steps(self) -> bool:
-        return True
+        return self.head.spec.modules == 1
 
     def check(self, target: CausalLM) -> None:
         check_nodes("draft_tokens", self.tokens)
@@ -65,61 +74,63 @@ class Eagle(Drafter):
         return state.prompted(self.head, target, tokens, counts, hidden, fresh)
 
     def draft(self, target: CausalLM, state: Reading, view: View) -> tuple[Draft, Reading, Cache]:
-        batch, width, modules = view.tokens.shape[0], self.tokens, self.head.spec.modules
-        state, made = read_waiting(self.head, target, state, view, width + 1)
-        logits = target.logits(made[0])
-        tokens = jnp.zeros((batch, width), jnp.int32)
-        probs = jnp.zeros((batch, width, logits.shape[1]), jnp.float32) if view.samples else None
-        active = view.active.astype(jnp.int32)
-
-        def choose(j, logits, latest, seen, tokens, probs):
-            """Token j of the draft, and what is written down of it."""
-            x = view.processed(logits, latest, j, seen)
-            if probs is None:
-                token = split_axis.argmax(x)
-            else:
-                token = view.draw(x, j + 1)
-                probs = jax.lax.dynamic_update_index_in_dim(probs, split_axis.softmax(x), j, axis=1)
-            return token, jax.lax.dynamic_update_index_in_dim(tokens, token, j, axis=1), probs
-
-        def column(head, target, features, token, cache, module):
-            """The feature after one more drafted token, `[B, d]`."""
-            out, cache = head(target, features[:, None], token[:, None], cache, counts=active, module=module)
-            assert cache is not None
-            return out[:, 0], cache
-
-        latest, tokens, probs = choose(0, logits, view.tokens, view.seen, tokens, probs)
-        cache, seen, features = state.cache, with_token(view.seen, latest), list(made)
-        for s in range(1, min(modules, width)):
-            # Step s is module s's; those after it read the column too.
-            at, new = cache.lengths, list(features)
-            for m in range(s, modules):
-                new[m], cache = column(self.head, target, features[m - 1], latest, cache.roll_back(at), m)
-            features = new
-            latest, tokens, probs = choose(s, target.logits(new[s]), latest, seen, tokens, probs)
-            seen = with_token(seen, latest)
-
-        head_graph, head_weights = nnx.split(self.head)
-        graph, weights = nnx.split(target)
-
-        def step(carry):
-            j, cache, feature, latest, seen, tokens, probs = carry
-            # Tied to the step, or XLA widens all 16-bit weights before the loop and reads them at float32's cost.
-            both, latest = jax.lax.optimization_barrier(((head_weights, weights), latest))
-            head, model = nnx.merge(head_graph, both[0]), nnx.merge(graph, both[1])
-            feature, cache = column(head, model, feature, latest, cache, modules - 1)
-            latest, tokens, probs = choose(j, model.logits(feature), latest, seen, tokens, probs)
-            return j + 1, cache, feature, latest, with_token(seen, latest), tokens, probs
-
-        length = jnp.minimum(view.length, width)
-        start: Any = (jnp.int32(min(modules, width)), cache, features[modules - 1], latest, seen, tokens, probs)
-        _, cache, _, _, _, tokens, probs = jax.lax.while_loop(lambda carry: carry[0] < length, step, start)
-        counts = jnp.where(view.active, length, 0)
-        state = dataclasses.replace(state, cache=cache.roll_back(state.cache.lengths))
-        return Draft(tokens, counts, probs=probs), state, view.cache
+        state, made = read_waiting(self.head, target, state, view, self.tokens + 1)
+        if self.head.spec.modules > 1:
+            draft, cache = self._by_modules(target, state.cache, made, view)
+        else:
+            logits, forward = target.logits(made[0]), self._further(target, view.active)
+            after: Any = (state.cache, made[0])
+            draft, after = write_chain(forward, logits, after, view, self.tokens, confidence=self.confidence)
+            cache = after[0]
+        return draft, dataclasses.replace(state, cache=cache.roll_back(state.cache.lengths)), view.cache
 
     def commit(self, target: CausalLM, state: Reading, verified: Verified) -> Reading:
         return state.committed(self.head, target, verified)
+
+    def _further(self, target: CausalLM, active: jax.Array) -> Any:
+        """`Forward`, of the head's cache and latest feature."""
+        head_graph, head_weights = nnx.split(self.head)
+        graph, weights = nnx.split(target)
+
+        def forward(tokens: jax.Array, carry: tuple[Cache, jax.Array]):
+            # Tied to the step, or XLA widens all 16-bit weights before the loop and reads them at float32's cost.
+            fenced, tokens = jax.lax.optimization_barrier(((head_weights, weights), tokens))
+            head, model = nnx.merge(head_graph, fenced[0]), nnx.merge(graph, fenced[1])
+            feature, cache = _column(head, model, carry[1], tokens, carry[0], active, 0)
+            return model.logits(feature), (cache, feature)
+
+        return forward
+
+    def _by_modules(
+        self, target: CausalLM, cache: Cache, made: tuple[jax.Array, ...], view: View
+    ) -> tuple[Draft, Cache]:
+        """The likeliest token after each of the first modules, then after the last again and again.
+
+        made: `[B, d]`, what each module made of the latest token.
+        """
+        modules, active = self.head.spec.modules, view.active
+        latest = split_axis.argmax(target.logits(made[0]))
+        tokens, features = [latest], list(made)
+        for s in range(1, self.tokens):
+            # Modules from that of step s on read the column, each what the one before it made of the last column.
+            at, new = cache.lengths, list(features)
+            for m in range(min(s, modules - 1), modules):
+                given = features[m - 1] if s < modules else features[m]
+                new[m], cache = _column(self.head, target, given, latest, cache.roll_back(at), active, m)
+            features = new
+            latest = split_axis.argmax(target.logits(features[min(s, modules - 1)]))
+            tokens.append(latest)
+        return Draft(jnp.stack(tokens, axis=1)), cache
+
+
+def _column(
+    head: EagleHead, target: CausalLM, features: jax.Array, tokens: jax.Array, cache: Cache, active, module: int
+) -> tuple[jax.Array, Cache]:
+    """`[B, d]` and int32 `[B]` -> `(the feature after that token [B, d], the cache with it)`."""
+    counts = active.astype(jnp.int32)
+    out, cache_after = head(target, features[:, None], tokens[:, None], cache, counts=counts, module=module)
+    assert cache_after is not None
+    return out[:, 0], cache_after
 
 
 def read_waiting(

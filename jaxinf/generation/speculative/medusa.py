@@ -6,6 +6,7 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,15 @@ class Medusa(Drafter):
 
     reads_hidden = True
 
+    @classmethod
+    def of(
+        cls, heads: MedusaHeads, ranks: Sequence[Sequence[float]] = (), tokens: int = MOST_NODES, **options: Any
+    ) -> Medusa:
+        """The best tree of so many tokens by measured agreement (see `best_paths`); without that, a chain."""
+        check_nodes("draft_tokens", tokens)
+        chain = chain_paths(min(tokens, heads.spec.heads))
+        return cls(heads, best_paths(ranks[: heads.spec.heads], tokens) if ranks else chain, **options)
+
     @property
     def nodes(self) -> int:
         return len(self.paths)
@@ -123,8 +133,7 @@ def check_made_for(made_for: str | None, d_model: int, target: CausalLM) -> None
     """Raises InputError unless heads with these features, for the model of this fingerprint, fit `target`."""
     if d_model != target.spec.d_model:
         raise InputError(
-            f"the heads are for features of d_model={d_model}, but the target has {target.spec.d_model}: take those "
-            "that were trained for it"
+            f"the heads are for features of d_model={d_model}, but the target has {target.spec.d_model}"
         )
     if made_for is not None and made_for != (found := fingerprint(target)):
         raise InputError(

@@ -89,6 +89,7 @@ class EagleHead(nnx.Module):
         counts: jax.Array | None = None,
         fresh: bool = False,
         module: int = 0,
+        depths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """The features that follow T of them in each row.
 
@@ -101,7 +102,8 @@ class EagleHead(nnx.Module):
             share `lengths`: a second module reads the same positions from a cache rolled back by T.
           counts: int32 `[B]`, real columns of each row; None: all.
           fresh: static; the cache is empty in every row.
-          module: static, or less than the modules there are.
+          module: static, less than the modules there are.
+          depths: int32 `[T]`; columns are nodes of a tree that stand so far after position t; None: 0 to T - 1.
 
         Returns:
           `([B, T, d_model]`: features at t + 1, the cache after or None`)`.
@@ -118,7 +120,8 @@ class EagleHead(nnx.Module):
                 "take the head that was trained for it"
             )
         starts = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
-        positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        depths = jnp.arange(tokens.shape[1], dtype=jnp.int32) if depths is None else depths
+        positions = starts[:, None] + depths
         step = Step(positions, counts, fresh)
         embedded = target.embedded(tokens, positions + 1).astype(features.dtype)
         caches = (None,) * spec.blocks if cache is None else cache.layers[module]
