@@ -3,9 +3,13 @@
 from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, by_rejection, residual
 from jaxinf.generation.speculative.draft_model import DraftModel
 from jaxinf.generation.speculative.drafter import MOST_NODES, Draft, Drafter, Verified, View, ancestors
+from jaxinf.generation.speculative.eagle import Eagle
+from jaxinf.generation.speculative.eagle_tree import EagleTree
 from jaxinf.generation.speculative.loop import Speculation, Tally, begin, decode, read_piece
+from jaxinf.generation.speculative.medusa import Medusa, best_paths, chain_paths, expected_tokens
 from jaxinf.generation.speculative.ngram import PromptLookup
 from jaxinf.generation.speculative.policy import Costs, Policy
+from jaxinf.generation.speculative.self_speculative import SelfSpeculative, Skips, find_skips
 from jaxinf.generation.speculative.speculator import SpeculativeBatch, Speculator
 
 __all__ = [
@@ -15,9 +19,14 @@ __all__ = [
     "Draft",
     "DraftModel",
     "Drafter",
+    "Eagle",
+    "EagleTree",
     "Judge",
+    "Medusa",
     "Policy",
     "PromptLookup",
+    "SelfSpeculative",
+    "Skips",
     "Speculation",
     "SpeculativeBatch",
     "Speculator",
@@ -26,9 +35,13 @@ __all__ = [
     "View",
     "ancestors",
     "begin",
+    "best_paths",
     "by_equality",
     "by_rejection",
+    "chain_paths",
     "decode",
+    "expected_tokens",
+    "find_skips",
     "read_piece",
     "residual",
 ]
