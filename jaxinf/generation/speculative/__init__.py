@@ -5,6 +5,7 @@ from jaxinf.generation.speculative.draft_model import DraftModel
 from jaxinf.generation.speculative.drafter import MOST_NODES, Draft, Drafter, Verified, View, ancestors
 from jaxinf.generation.speculative.eagle import Eagle
 from jaxinf.generation.speculative.eagle_tree import EagleTree
+from jaxinf.generation.speculative.lookahead import Lookahead
 from jaxinf.generation.speculative.loop import Speculation, Tally, begin, decode, read_piece
 from jaxinf.generation.speculative.medusa import Medusa, best_paths, chain_paths, expected_tokens
 from jaxinf.generation.speculative.ngram import PromptLookup
@@ -22,6 +23,7 @@ __all__ = [
     "Eagle",
     "EagleTree",
     "Judge",
+    "Lookahead",
     "Medusa",
     "Policy",
     "PromptLookup",
