@@ -30,6 +30,7 @@ VERBS = {
     "plan": "say whether a model fits a slice of TPUs, on which mesh, and how fast",
     "compile": "save a model's compiled programs for later starts",
     "tune": "search a kernel's block sizes through the TPU compiler",
+    "datastore": "turn text into a file that drafts are looked up in",
     "train-drafter": "train what drafts for a model: heads of its own, or an aligned draft model",
 }
 """Each verb is a module of this package (a dash is an underscore there) with `configure(parser)` and `run(args) ->

@@ -1,7 +1,9 @@
 """Speculative decoding: drafters, the rules of acceptance, and the loop that holds them together."""
 
 from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, by_rejection, residual
+from jaxinf.generation.speculative.datastore import Datastore, tokenizer_hash
 from jaxinf.generation.speculative.draft_model import DraftModel
+from jaxinf.generation.speculative.draft_tree import DraftTree
 from jaxinf.generation.speculative.drafter import MOST_NODES, Draft, Drafter, Verified, View, ancestors
 from jaxinf.generation.speculative.eagle import Eagle
 from jaxinf.generation.speculative.eagle_tree import EagleTree
@@ -10,6 +12,7 @@ from jaxinf.generation.speculative.loop import Speculation, Tally, begin, decode
 from jaxinf.generation.speculative.medusa import Medusa, best_paths, chain_paths, expected_tokens
 from jaxinf.generation.speculative.ngram import PromptLookup
 from jaxinf.generation.speculative.policy import Costs, Policy
+from jaxinf.generation.speculative.retrieval import Retrieval
 from jaxinf.generation.speculative.self_speculative import SelfSpeculative, Skips, find_skips
 from jaxinf.generation.speculative.speculator import SpeculativeBatch, Speculator
 
@@ -17,8 +20,10 @@ __all__ = [
     "MOST_NODES",
     "Accepted",
     "Costs",
+    "Datastore",
     "Draft",
     "DraftModel",
+    "DraftTree",
     "Drafter",
     "Eagle",
     "EagleTree",
@@ -27,6 +32,7 @@ __all__ = [
     "Medusa",
     "Policy",
     "PromptLookup",
+    "Retrieval",
     "SelfSpeculative",
     "Skips",
     "Speculation",
@@ -46,4 +52,5 @@ __all__ = [
     "find_skips",
     "read_piece",
     "residual",
+    "tokenizer_hash",
 ]

@@ -124,7 +124,7 @@ class Datastore:
         """
         path = Path(path)
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 if missing := {"about", "tokens", "suffixes"} - {*archive.files}:
                     raise CheckpointError(f"{path} has no {', '.join(sorted(missing))}, so it is no datastore")
                 about = json.loads(archive["about"].tobytes())

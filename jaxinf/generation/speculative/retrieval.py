@@ -105,21 +105,29 @@ class Retrieval(Drafter):
 
     def draft(self, target: CausalLM, state: Any, view: View) -> tuple[Draft, Any, Cache]:
         known = view.lengths + 1
-        last = view.tail(known - self.longest, self.longest)
-        first, count, matched = self._range(last, jnp.minimum(known, self.longest))
+        start = jnp.maximum(known - self.longest, 0)
+        have = jnp.minimum(known, self.longest)
+        last = view.tail(start, self.longest)
+        last = jnp.take_along_axis(last, (jnp.arange(self.longest) + have[:, None]) % self.longest, axis=1)
+        tokens, parents = trie(self._follows(last, have), self.tokens)
+        return Draft(tokens, parents=None if self.chain else parents), state, view.cache
+
+    def _follows(self, last: jax.Array, known: jax.Array) -> jax.Array:
+        """int32 `[B, samples, depth]`: what follows where the longest suffix of `last` stands; -1 past an end.
+
+        last: int32 `[B, longest]`, of which the last `known` int32 `[B]` are real."""
+        first, count, matched = self._range(last, known)
         # Of sorted occurrences an even selection has what follows as often as all of them.
-        spread = jnp.arange(self.samples) * jnp.maximum(count, 1)[:, None] // self.samples
-        few = count[:, None] <= self.samples
-        chosen = first[:, None] + jnp.where(few, jnp.arange(self.samples), spread)
-        there = jnp.where(few, jnp.arange(self.samples) < count[:, None], True) & (count > 0)[:, None]
+        many, i = count[:, None], jnp.arange(self.samples)
+        spread = many // self.samples * i + many % self.samples * i // self.samples
+        few = many <= self.samples
+        chosen = first[:, None] + jnp.where(few, i, spread)
+        there = jnp.where(few, i < many, True)
         at = self._place(chosen)[:, :, None] + matched[:, None, None] + jnp.arange(self.depth)
-        follows = jnp.where(there[:, :, None], self._token(at), END)
-        tokens, parents = trie(follows, self.tokens)
-        return Draft(tokens, parents=parents), state, view.cache
+        return jnp.where(there[:, :, None], self._token(at), END)
 
     def _range(self, last: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Where the longest suffix of `last` int32 `[B, longest]`, of which the last `known` are real, stands among
-        the suffixes: `(the first one, how many, tokens of the suffix)`, int32 `[B]`."""
+        """Where that suffix stands among the sorted ones: `(first place, places, its tokens)`, int32 `[B]`."""
         lengths = jnp.arange(self.longest, self.shortest - 1, -1, dtype=jnp.int32)
         place = jnp.arange(self.longest, dtype=jnp.int32)
         # Query j is the last lengths[j] tokens, from the left.
@@ -133,7 +141,7 @@ class Retrieval(Drafter):
 
             def halve(_, ends):
                 low, high = ends
-                middle = (low + high) // 2
+                middle = low + (high - low) // 2
                 here = self._token(self._place(middle)[:, :, None] + place)
                 differs = compared & (here != queries)
                 where = jnp.argmax(differs, axis=2)[:, :, None]
