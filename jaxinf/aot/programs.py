@@ -32,7 +32,7 @@ from sharding.collectives import AXES
 from sharding.program import OWN, ROWS, SAME
 from sharding.rules import RULES
 
-Part = Literal["generate", "prefill", "append", "decode"]
+Part = Literal["generate", "prefill", "append", "verify", "decode"]
 
 _PASS = 1024
 """Tokens: four times what makes a product of bfloat16 weights bound by arithmetic on a v5e (197e12 / 819e9)."""
@@ -130,7 +130,8 @@ def built(
       chip: or slice, such as "v5e:4x4".
       mesh: axes and sizes over the slice's devices, such as "tensor=8"; None: one device.
       part: "generate": ragged prompts in pieces, then the decode loop, in one program. "prefill": one pass over
-        prompts. "append": one after `held` tokens. "decode": one token a row, and the choice of the next.
+        prompts. "append": one after `held` tokens. "verify": the same of few tokens, with the choice of what comes
+        after each. "decode": one token a row, and the choice of the next.
       batch, prompt: rows, and tokens of the longest prompt. Rows are padded to what the mesh divides.
       capacity: tokens a row that the cache has room for; default: prompt + new_tokens.
       piece: tokens of a prompt that one pass takes; activations grow with it. None: so many that a chip's rows have
@@ -152,20 +153,17 @@ def built(
     if piece is None:
         piece = piece_of(rows // ways_of_rows)
 
+    placed = placed_on(where, spec, dtype, quantize)
+    weights, rebuilt = placed.weights, placed.rebuilt
     with lowering.use(where):
-        made = abstract(spec, dtype, "stacked")
-        if quantize is not None:
-            made = compression.quantize(made, quantize)
-        graph, state = nnx.split(place_abstract(made, where))
-        weights, tree = jax.tree.flatten(state)
 
         def empty():
-            return init_cache(spec, rows // ways_of_rows, capacity, dtype=dtype, layout="stacked", kind=cache)
+            options: Any = dict(dtype=dtype, layout="stacked", kind=cache)
+            return init_cache(
+                spec, rows // ways_of_rows, capacity, max_append=prompt if part == "verify" else 1, **options
+            )
 
         stored = jax.eval_shape(program.over(where, empty, (), OWN))
-
-    def rebuilt(weights):
-        return nnx.merge(graph, jax.tree.unflatten(tree, weights))
 
     def whole(weights, tokens, counts, cache):
         model = rebuilt(weights)
@@ -180,14 +178,18 @@ def built(
         logits, cache = decode_step(rebuilt(weights), tokens, cache, counts=counts)
         return cache, program.gather_rows(split_axis.argmax(logits))
 
-    functions: dict[str, Callable] = dict(generate=whole, prefill=read, append=read, decode=step)
+    def verify(weights, tokens, counts, cache):
+        model = rebuilt(weights)
+        hidden, cache, _ = model.hidden(tokens, cache, counts=counts)
+        return cache, program.gather_rows(split_axis.argmax(model.logits(hidden)))
+
+    functions: dict[str, Callable] = dict(generate=whole, prefill=read, append=read, verify=verify, decode=step)
     if part not in functions:
         raise InputError(f"part={part!r} must be one of {', '.join(functions)}")
-    split = [w.sharding.spec for w in weights]
-    run = program.over(where, functions[part], (split, ROWS, ROWS, OWN), (OWN, SAME))
+    run = program.over(where, functions[part], (placed.split, ROWS, ROWS, OWN), (OWN, SAME))
 
     def lies(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, spec))
+        return lying(x, where, spec)
 
     def steered(x: jax.ShapeDtypeStruct, value: int | None) -> Any:
         return x if value is None else Steered(np.full(x.shape, value, x.dtype), x.sharding)
@@ -197,10 +199,40 @@ def built(
     new = None if held is None else 1 if part == "decode" else prompt
     counts = steered(lies(jax.ShapeDtypeStruct((rows,), jnp.int32), ROWS), new)
     stored = jax.tree.map(lambda c: lies(c, OWN), stored)  # as the device lays it out
-    size = _bytes(stored)
+    size = nbytes(stored)
     stored = dataclasses.replace(stored, lengths=steered(stored.lengths, held))
     call = Call(run, (weights, tokens, counts, stored), Work(0.0, 0.0), donate=(3,))
-    return Built(call, where, _bytes(weights), size)
+    return Built(call, where, nbytes(weights), size)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model's weights on a described mesh, flat, and the module again from them. split: how they are cut."""
+
+    weights: list[jax.ShapeDtypeStruct]
+    rebuilt: Callable[[Any], Any]
+    split: list[PartitionSpec]
+
+
+def placed_on(where: Mesh, spec: ModelSpec, dtype: Any, quantize: str | None) -> Placed:
+    """A model without values, spread over a mesh.
+
+    Raises:
+      InputError: the mesh does not divide it.
+    """
+    with lowering.use(where):
+        made = abstract(spec, jnp.dtype(dtype), "stacked")
+        if quantize is not None:
+            made = compression.quantize(made, quantize)
+        graph, state = nnx.split(place_abstract(made, where))
+    weights, tree = jax.tree.flatten(state)
+    split = [w.sharding.spec for w in weights]
+    return Placed(weights, lambda given: nnx.merge(graph, jax.tree.unflatten(tree, given)), split)
+
+
+def lying(x: Any, where: Mesh, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype, spread over a mesh."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(where, spec))
 
 
 def piece_of(rows: int) -> int:
@@ -208,6 +240,6 @@ def piece_of(rows: int) -> int:
     return min(loop.PIECE, max(16, 1 << max(1, _PASS // rows).bit_length() - 1))
 
 
-def _bytes(tree: Any) -> int:
+def nbytes(tree: Any) -> int:
     """On each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * bits(x.dtype.name) // 8 for x in jax.tree.leaves(tree))
