@@ -2,10 +2,10 @@
 
     python benchmarks/speculative_static.py [--json out.json]      (extra: tpu; minutes)
 
-By default Llama-3.1-70B with int8 weights, drafted for by Llama-3.1-8B, on a v5e-16. The whole loop is compiled for its
-memory; a decode step of the target, its pass over a draft, and a decode step of the draft model are compiled for their
-times by a static model of the compiler's schedule. From these, the speed-up over plain decoding for g drafted tokens of
-which each is accepted with probability a (Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8):
+By default Llama-3.1-70B with int8 weights, drafted for by Llama-3.1-8B, on a v5e-16. The whole loop is compiled for
+its memory; a decode step of the target, its pass over a draft, and a decode step of the draft model are compiled for
+their times by a static model of the compiler's schedule. From these, the speed-up over plain decoding for g drafted
+tokens of which each is accepted with probability a (Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8):
 
     (1 - a^(g+1)) / (1 - a) / (verify + g draft)      both in plain steps of the target
 
@@ -81,14 +81,16 @@ def main() -> None:
     seconds = {name: r.timeline.seconds for name, r in reports.items() if r.timeline is not None}
     memory = reports["loop"].memory
 
-    giga = 2**30
+    def gib(count: float) -> str:
+        return f"{count / 2**30:.2f} GiB"
+
     print(
-        f"{args.target} ({args.quantize}) drafted for by {args.draft} ({args.quantize_draft}), {args.tpu}, {args.mesh}, "
-        f"batch {args.batch}, context {args.context}; static analysis, {reports['loop'].compiler}"
+        f"{args.target} ({args.quantize}) drafted for by {args.draft} ({args.quantize_draft}), {args.tpu}, "
+        f"{args.mesh}, batch {args.batch}, context {args.context}; static analysis, {reports['loop'].compiler}"
     )
+    weights, caches = (" + ".join(map(gib, pair)) for pair in (pair.weights, pair.cache))
     print(
-        f"HBM a chip: {memory.peak / giga:.2f} GiB: weights {pair.weights[0] / giga:.2f} + {pair.weights[1] / giga:.2f}, "
-        f"caches {pair.cache[0] / giga:.3f} + {pair.cache[1] / giga:.3f}, temporaries {memory.temporaries / giga:.3f}"
+        f"HBM a chip: {gib(memory.peak)}: weights {weights}, caches {caches}, {gib(memory.temporaries)} temporary"
     )
     for name, label in (("target", "decode step of the target"), ("verify", "its pass over a draft")):
         print(f"{label}: {1e3 * seconds[name]:.2f} ms")
