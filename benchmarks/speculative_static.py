@@ -3,8 +3,8 @@
     python benchmarks/speculative_static.py [--json out.json]      (extra: tpu; minutes)
 
 By default Llama-3.1-70B with int8 weights, drafted for by Llama-3.1-8B, on a v5e-16. The whole loop is compiled for
-its memory; a decode step of the target, its pass over a draft, and a decode step of the draft model are compiled for
-their times by a static model of the compiler's schedule. From these, the speed-up over plain decoding for g drafted
+its memory; a decode step of the target, its pass over a draft, and a decode step of the draft model are compiled
+for their times by a static model of the schedule. From these, the speed-up over plain decoding for g drafted
 tokens of which each is accepted with probability a (Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8):
 
     (1 - a^(g+1)) / (1 - a) / (verify + g draft)      both in plain steps of the target
