@@ -1,6 +1,7 @@
 """Speculative decoding: drafters, the rules of acceptance, and the loop that holds them together."""
 
-from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, by_rejection, residual
+from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, by_rejection, by_threshold, residual
+from jaxinf.generation.speculative.big_little import BigLittle
 from jaxinf.generation.speculative.datastore import Datastore, tokenizer_hash
 from jaxinf.generation.speculative.draft_model import DraftModel
 from jaxinf.generation.speculative.draft_tree import DraftTree
@@ -19,6 +20,7 @@ from jaxinf.generation.speculative.speculator import SpeculativeBatch, Speculato
 __all__ = [
     "MOST_NODES",
     "Accepted",
+    "BigLittle",
     "Costs",
     "Datastore",
     "Draft",
@@ -46,6 +48,7 @@ __all__ = [
     "best_paths",
     "by_equality",
     "by_rejection",
+    "by_threshold",
     "chain_paths",
     "decode",
     "expected_tokens",

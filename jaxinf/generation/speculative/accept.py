@@ -1,6 +1,6 @@
 """Which drafted tokens stand: pure functions of the target's logits and the draft.
 
-Both rules keep the target's distribution exactly.
+Two rules keep the target's distribution exactly, `by_equality` and `by_rejection`.
 
 `by_equality`: candidates are given. The target draws after every node, with the key that plain decoding would use
 there, and a candidate stands if it equals the draw. So each token is the one plain decoding would have written, for
@@ -10,17 +10,21 @@ the same seed; a candidate x stands with its probability p(x), which is what rej
 p becomes norm(max(p - q, 0)), by which the next sibling is judged, or from which the token is drawn (Leviathan et
 al. 2023, arXiv:2211.17192, section 2.3; Chen et al. 2023, arXiv:2302.01318, algorithm 2; with siblings: Miao et al.
 2023, arXiv:2305.09781, section 4.3).
+
+`by_threshold` does not: a candidate stands if the target finds it likely enough (Kim et al. 2023,
+arXiv:2302.07863).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxinf.generation.sampling import Context, Controls, Processor, process, row_keys, sample
+from jaxinf.generation.sampling import Context, Controls, Processor, adjust, process, row_keys, sample
 from jaxinf.generation.speculative.drafter import Draft, categorical, pass_keys, repeated
 from sharding import split_axis
 
@@ -85,6 +89,11 @@ class Judge:
         drawn = sample(flat, controls, keys, context=context, processors=self.processors)
         return drawn.reshape(logits.shape[:2])
 
+    def adjusted(self, draft: Draft, logits: jax.Array) -> jax.Array:
+        """float32 `[B, T, V]`: logits after what acts at temperature 0 too."""
+        flat, controls, context = self._nodes(draft, logits)
+        return adjust(flat, controls, context, self.processors).reshape(logits.shape)
+
     def distributions(self, draft: Draft, logits: jax.Array) -> jax.Array:
         """float32 `[B, T, V]`: the probabilities that plain decoding would draw with."""
         flat, controls, context = self._nodes(draft, logits)
@@ -100,14 +109,44 @@ def by_equality(judge: Judge, draft: Draft, logits: jax.Array, depth: int) -> Ac
       depth: static, P - 1, the longest branch.
     """
     choices = judge.choices(draft, logits)
+
+    def fits(follows: jax.Array, current: jax.Array) -> jax.Array:
+        wanted = jnp.take_along_axis(choices, current[:, None], 1)
+        return (follows == current[:, None]) & (draft.tokens == wanted)
+
+    return _along(fits, draft, choices, depth)
+
+
+def by_threshold(judge: Judge, draft: Draft, logits: jax.Array, depth: int, *, distance: float) -> Accepted:
+    """Not exact. A candidate stands while -log p of it under the target, before temperature and truncation, is at
+    most `distance`, in nats; where the branch ends the target writes what plain decoding would.
+
+    That is the cross entropy between the draft's choice and the target's distribution (Kim et al. 2023, section
+    3.4). Of several candidates the first that stands is followed. Other arguments as for `by_equality`.
+    """
+    choices = judge.choices(draft, logits)
+    scores = split_axis.log_softmax(judge.adjusted(draft, logits))
+    above = jnp.take_along_axis(scores, jnp.maximum(draft.follows, 0)[:, :, None], axis=1)
+    likely = split_axis.take(above, draft.tokens) >= -distance
+    accepted = _along(lambda follows, current: (follows == current[:, None]) & likely, draft, choices, depth)
+    # Emitted are the candidates themselves, and the target's choice after the last.
+    after = jnp.roll(accepted.path, -1, axis=1)
+    drafted = jnp.take_along_axis(draft.tokens, jnp.maximum(after - 1, 0), axis=1)
+    inner = jnp.arange(depth + 1) < accepted.counts[:, None] - 1
+    return dataclasses.replace(accepted, tokens=jnp.where(inner, drafted, accepted.tokens))
+
+
+def _along(
+    fits: Callable[[jax.Array, jax.Array], jax.Array], draft: Draft, choices: jax.Array, depth: int
+) -> Accepted:
+    """The branch of nodes that fit. fits: `(draft.follows, the node so far int32 [B]) -> bool [B, N]`."""
     follows = draft.follows
     current = jnp.zeros(choices.shape[:1], jnp.int32)
     counts, alive, path = jnp.ones_like(current), jnp.ones(current.shape, bool), [current]
     for _ in range(depth):
-        wanted = jnp.take_along_axis(choices, current[:, None], 1)
-        fits = (follows == current[:, None]) & (draft.tokens == wanted) & alive[:, None]
-        alive = jnp.any(fits, axis=1)
-        current = jnp.where(alive, jnp.argmax(fits, axis=1).astype(jnp.int32) + 1, 0)
+        next = fits(follows, current) & alive[:, None]
+        alive = jnp.any(next, axis=1)
+        current = jnp.where(alive, jnp.argmax(next, axis=1).astype(jnp.int32) + 1, 0)
         counts = counts + alive
         path.append(current)
     nodes = jnp.stack(path, axis=1)

@@ -134,7 +134,7 @@ class Datastore:
         if not isinstance(about, dict) or about.get(KEY) != VERSION:
             found = about.get(KEY) if isinstance(about, dict) else about
             raise CheckpointError(f"{path} is version {found!r} of this format; this build reads {VERSION}")
-        store = cls(tokens, suffixes, about.get("vocab"), about.get("tokenizer"), about.get("order"))
+        store = cls(tokens, suffixes, about.get("vocab", 0), about.get("tokenizer"), about.get("order", 0))
         store._validate(path)
         return store
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -225,6 +225,12 @@ class Drafter(abc.ABC):
         """Whether `draft` costs next to nothing and changes neither state nor cache: it is then made in every pass,
         and one without tokens is not verified."""
         return False
+
+    @property
+    def rule(self) -> Callable[..., Any] | None:
+        """How drafts are judged, called as those of `accept`; None: by whether they have `probs`, both of which
+        are exact."""
+        return None
 
     @property
     def context(self) -> int | None:

@@ -222,7 +222,7 @@ def speculative_pass(
     assert cache is not None
     logits = target.logits(hidden)
     judge = Judge(rows.emitted, rows.seeds, rows.tokens, controls, rows.seen, rows.vocab, processors)
-    rule = by_equality if draft.probs is None else by_rejection
+    rule = drafter.rule or (by_equality if draft.probs is None else by_rejection)
     accepted = rule(judge, draft, logits, drafter.depth)
     counts = _cut(accepted, rows, eos)
     starts = rows.cache.lengths
