@@ -18,6 +18,7 @@ memory and the host's calls; a pass over few tokens costs little more than over 
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -37,7 +38,8 @@ import speculative_peers
 
 import jaxinf
 from jaxinf.generation import speculative
-from jaxinf.training.corpus import read_held_out
+from jaxinf.lm import drafting
+from jaxinf.training.corpus import read_held_out, read_part
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 LOOP = 0.5
@@ -62,9 +64,58 @@ def draft_model(name: str, tokens: int) -> Callable[[jaxinf.LM], Any]:
     return make
 
 
+def draft_tree(target: jaxinf.LM) -> Any:
+    small = jaxinf.LM.from_pretrained(DATA / "bfloat16" / "stdlib-draft", dtype=str(target.model.dtype))
+    return speculative.DraftTree(small.model, branches=(4, 2, 1), limit=small.context)
+
+
+def big_little(target: jaxinf.LM) -> Any:
+    small = jaxinf.LM.from_pretrained(DATA / "bfloat16" / "stdlib-draft", dtype=str(target.model.dtype))
+    return speculative.BigLittle(small.model, limit=small.context)
+
+
+@functools.cache
+def training_files() -> tuple[bytes, ...]:
+    """Every fourth file of the training part."""
+    return tuple(read_part("train").values())[::4]
+
+
+def retrieval(target: jaxinf.LM) -> Any:
+    assert target.tokenizer is not None
+    texts = [target.tokenizer.encode(data.decode()) for data in training_files()]
+    return speculative.Retrieval.of(speculative.Datastore.build(texts, target.spec.vocab))
+
+
+def skipping(target: jaxinf.LM) -> Any:
+    assert target.tokenizer is not None
+    texts = (target.tokenizer.encode(data.decode()) for data in training_files()[:64])
+    rows = [ids[:256] for ids in texts if len(ids) >= 256][:8]
+    found = speculative.find_skips(target.model, rows)
+    return speculative.SelfSpeculative(found.layers, tokens=found.tokens)
+
+
+def heads(name: str, **options: Any) -> Callable[[jaxinf.LM], Any]:
+    """The heads that ship with the target."""
+
+    def make(target: jaxinf.LM) -> Any:
+        return drafting.heads(name, target.model, **options)
+
+    return make
+
+
 ROWS = [
-    Row("ngram", lambda target: "ngram"),
+    Row("ngram", lambda target: speculative.PromptLookup(tokens=7)),
+    Row("lookahead", lambda target: speculative.Lookahead()),
+    Row("retrieval", retrieval, tree=True),
+    Row("self", skipping),
     Row("stdlib-draft", draft_model("stdlib-draft", 4)),
+    Row("stdlib-draft-aligned", draft_model("stdlib-draft-aligned", 4)),
+    Row("stdlib-draft, tree", draft_tree, tree=True),
+    Row("medusa", heads("medusa"), tree=True),
+    Row("medusa, chain", heads("medusa-chain")),
+    Row("eagle", heads("eagle-tree"), tree=True),
+    Row("eagle, chain", heads("eagle")),
+    Row("BigLittle", big_little, exact=False),
 ]
 
 
