@@ -26,11 +26,15 @@ from jaxinf.lm.locate import EMBEDDED, locate
 from jaxinf.lm.measure import Device
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM
+from jaxinf.models.drafting import MedusaHeads
 from jaxinf.models.placing import place_model
 from pallas_kernels.errors import InputError
 
-NAMES = ("ngram", "self", "lookahead", "medusa", "eagle")
-"""Drafters that need no more than their name; "medusa" and "eagle" for the embedded target alone."""
+HEADS = ("medusa", "medusa-chain", "eagle", "eagle-tree")
+"""Drafters by heads that ship for the embedded target, and are trained for others by `jaxinf train-drafter`."""
+
+NAMES = ("ngram", "self", "lookahead", *HEADS)
+"""Drafters that need no more than their name."""
 
 NewCache = Callable[[int, int], Cache]
 """`(rows, tokens)` to an empty cache of the target, for passes over drafts."""
@@ -67,23 +71,32 @@ def drafter_of(what: Any, target: CausalLM, tokenizer: Tokenizer | None, tokens:
         return speculative.Lookahead(**given)
     if what == "self":
         return speculative.SelfSpeculative.of(target, **given)
-    if what in ("medusa", "eagle"):
-        return _heads(EMBEDDED / f"stdlib-{what}", target, given)
+    if what in HEADS:
+        return heads(str(what), target, **given)
     path = Path(what).expanduser()
     if path.is_dir() and is_drafter(path):
-        return _heads(path, target, given)
+        return heads(path, target, **given)
     if path.is_file() and path.suffix == ".npz":
         return speculative.Retrieval.load(path, tokenizer, **given)
-    if isinstance(what, str) and (EMBEDDED / what / "drafter.json").is_file():
-        return _heads(EMBEDDED / what, target, given)
     other = LM.from_pretrained(locate(what), dtype=np.dtype(target.dtype).name)
     return drafter_of(other, target, tokenizer, tokens)
 
 
-def _heads(folder: Path, target: CausalLM, given: dict[str, Any]) -> Drafter:
-    drafting = load_drafter(folder, target, dtype=target.dtype)
-    kind = speculative.Medusa if drafting.kind == "medusa" else speculative.Eagle
-    return kind.of(drafting.head, drafting.ranks, **given)
+def heads(what: str | Path, target: CausalLM, **given: Any) -> Drafter:
+    """The drafter of some heads: one of `HEADS`, or a folder of `jaxinf train-drafter`.
+
+    Raises:
+      InputError: they were trained for another model.
+      CheckpointError: they cannot be read.
+    """
+    name = str(what) if what in HEADS else ""
+    folder = EMBEDDED / f"stdlib-{name.split('-')[0]}" if name else what
+    found = load_drafter(folder, target, dtype=target.dtype)
+    given = dict(given, target=found.target)
+    if isinstance(found.head, MedusaHeads):
+        return speculative.Medusa.of(found.head, () if name == "medusa-chain" else found.ranks, **given)
+    tree = name == "eagle-tree" and found.head.spec.modules == 1
+    return (speculative.EagleTree if tree else speculative.Eagle).of(found.head, found.ranks, **given)
 
 
 def _same_tokens(ours: Tokenizer | None, targets: Tokenizer | None) -> None:
