@@ -91,8 +91,7 @@ def test_plain_passes_leave_no_gap(name):
 
 
 def drafted_next(name: str, steps: int, costs=None):
-    """`(texts, the next draft)` of rows that go on after some passes; a text is a prompt and its output, latest token
-    included."""
+    """`(texts, the next draft)` after some passes, of rows that go on; a text is a prompt and all its output."""
     _, state, _ = task().drafted(DRAFTERS[name], steps=steps, costs=costs)
     view = view_of(state, jnp.int32(DRAFTERS[name].depth), Controls(), ())
     draft, _, _ = jax.jit(lambda d, t, s, v: d.draft(t, s, v))(DRAFTERS[name], target(), state.drafter, view)
