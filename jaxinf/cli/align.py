@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     target = checkpoint.load(folders[0], dtype="float32", layout="list").model
     draft = checkpoint.load(folders[1], layout="list")
     check_pair(target, draft.model)
-    spec = AlignSpec(loss=args.loss, on_policy=args.on_policy, source=args.source, seed=args.seed)
+    options = dict(loss=args.loss, on_policy=args.on_policy, source=args.source, batch=args.batch, seed=args.seed)
+    spec = AlignSpec(**options)
     peak, rate = spec.optimizer, args.rate or 1.0
     peak = replace(peak, matrix_rate=rate * peak.matrix_rate, other_rate=rate * peak.other_rate)
     longest = min(spec.context, target.spec.context, draft.model.spec.context)

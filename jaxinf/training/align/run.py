@@ -1,4 +1,4 @@
-"""From a pair of models to an aligned draft: measure, train, export, measure again."""
+"""From a pair of models to an aligned draft: train, export, and measure both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from flax import nnx
 from jaxinf import checkpoint
 from jaxinf.checkpoint.loading import Loaded
 from jaxinf.models import CausalLM
-from jaxinf.training.align.measure import Contexts, make_contexts, measure, report
+from jaxinf.training.align.measure import make_contexts, measure, report
+from jaxinf.training.align.text import spread
 from jaxinf.training.align.training import Aligner, AlignRecord, AlignSpec, check_pair
 from jaxinf.training.data import Batches, Documents
 from jaxinf.training.loop import write_log
@@ -76,15 +77,11 @@ def align(
         raise CheckpointError(f"{out} holds the checkpoints of an earlier run: pass --resume, or another --out")
     batches = Batches(documents, batch=spec.batch, context=spec.context, seed=spec.seed)
     probe = probe or _probe(min(target.spec.context, draft.model.spec.context))
-    note("the target continues held-out text, to measure on")
-    made = dict(rows=probe.rows, length=probe.length, prompt=probe.prompt, seed=spec.seed)
-    contexts = make_contexts(target, held_out, **made, progress=progress)
+    spread(held_out, probe.rows, probe.length)  # complains now rather than in the end
     aligner = Aligner(target, draft.model, spec, batches, out)
     try:
-        before = measure(aligner.target, aligner.draft, contexts)
         if resume and aligner.resume():
             note(f"resumed at step {aligner.step}")
-        _tell(note, "before", contexts, before)
         aligner.run(minutes=minutes, on_step=on_step)
         write_log(aligner.records, out / LOG)
         exported = checkpoint.save(
@@ -94,10 +91,14 @@ def align(
             generation=draft.generation or None,
             overwrite=True,
         )
-        after = measure(aligner.target, checkpoint.load(exported, dtype="float32").model, contexts)
     finally:
         aligner.close()
-    _tell(note, "after", contexts, after)
+    note("the target continues held-out text, to measure on")
+    made = dict(rows=probe.rows, length=probe.length, prompt=probe.prompt, seed=spec.seed)
+    contexts = make_contexts(aligner.target, held_out, **made, progress=progress)
+    start = aligner.network.model(aligner.network.params_of(draft.model))
+    aligned = checkpoint.load(exported, dtype="float32", layout="list").model
+    before, after = (measure(aligner.target, model, contexts) for model in (start, aligned))
     found = {
         "loss": spec.loss,
         "steps": aligner.step,
@@ -114,11 +115,6 @@ def _probe(context: int) -> Probe:
     if length < 2:
         raise InputError(f"the models' context of {context} tokens is too short to predict anything")
     return Probe(length=length, prompt=min(Probe.prompt, (2 * length + 2) // 3))
-
-
-def _tell(note, when: str, contexts: Sequence[Contexts], matches) -> None:
-    for some, match in zip(contexts, matches, strict=True):
-        note(f"{when}, {some.name}: acceptance {match.acceptance:.4f}, greedy agreement {match.agreement:.4f}")
 
 
 def _in(model: CausalLM, dtype) -> CausalLM:

@@ -41,7 +41,7 @@ class AlignSpec:
 
     loss: Loss = "tvd"
     steps: int = 1000
-    batch: int = 8
+    batch: int = 4
     context: int = 512
     on_policy: float = 0.0
     source: Source = "draft"
