@@ -159,9 +159,10 @@ def sampled_tree(target: CausalLM, seed: int, parents: tuple[int, ...] = TREE) -
     return SampledTree(parents, guessed(target))
 
 
-def medusa(target: CausalLM, seed: int) -> Medusa:
-    heads = MedusaHeads(MedusaSpec(target.spec.d_model, heads=3), rngs=nnx.Rngs(seed))
-    return Medusa(heads, ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
+def medusa(target: CausalLM, seed: int, depth: int = 3) -> Medusa:
+    heads = MedusaHeads(MedusaSpec(target.spec.d_model, heads=depth), rngs=nnx.Rngs(seed))
+    paths = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+    return Medusa(heads, tuple(path for path in paths if len(path) <= depth))
 
 
 def eagle_head(target: CausalLM, seed: int) -> EagleHead:
@@ -174,31 +175,41 @@ def eagle_head(target: CausalLM, seed: int) -> EagleHead:
     return head
 
 
-def retrieval(target: CausalLM, seed: int) -> Retrieval:
+def retrieval(target: CausalLM, seed: int, depth: int = 3) -> Retrieval:
     """From text in which every token is followed by a guess at what the target says after it."""
     guesses = np.asarray(jnp.argmax(guessed(target), axis=1))
     rows = [np.arange(len(guesses))]
     for _ in range(5):
         rows.append(guesses[rows[-1]])
     store = Datastore.build(np.stack(rows, axis=1), len(guesses))
-    return Retrieval.of(store, tokens=5, longest=3, longest_draft=3)
+    return Retrieval.of(store, tokens=5, longest=3, longest_draft=depth)
 
 
-DRAFTERS: dict[str, Callable[[CausalLM, int], Drafter]] = {
-    "draft model": lambda target, seed: DraftModel(nearly(target, seed), tokens=3),
-    "draft tree": lambda target, seed: DraftTree(nearly(target, seed), (2, 1)),
-    "prompt lookup": lambda target, seed: PromptLookup(tokens=3),
+def cut(parents: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """The nodes at the beginning of a tree that are no deeper than that."""
+    depths = [0]
+    for parent in parents:
+        depths.append(depths[parent] + 1)
+    return tuple(p for p, d in zip(parents, depths[1:], strict=True) if d <= depth)
+
+
+DRAFTERS: dict[str, Callable[..., Drafter]] = {
+    "draft model": lambda target, seed, depth=3: DraftModel(nearly(target, seed), tokens=depth),
+    "draft tree": lambda target, seed, depth=3: DraftTree(nearly(target, seed), (2, *[1] * (depth - 1))),
+    "prompt lookup": lambda target, seed, depth=3: PromptLookup(tokens=depth),
     "retrieval": retrieval,
-    "layers left out": lambda target, seed: SelfSpeculative((target.spec.depth - 1,), tokens=3),
-    "lookahead": lambda target, seed: Lookahead(2, 3, 3, buckets=32),
+    "layers left out": lambda target, seed, depth=3: SelfSpeculative((target.spec.depth - 1,), tokens=depth),
+    "lookahead": lambda target, seed, depth=2: Lookahead(depth, 3, 3, buckets=32),
     "medusa": medusa,
-    "eagle": lambda target, seed: Eagle(eagle_head(target, seed), tokens=3),
-    "eagle tree": lambda target, seed: EagleTree(eagle_head(target, seed), tokens=6, levels=3, width=2),
-    "given tree": table_tree,
-    "drawn tree": sampled_tree,
-    "drawn chain": lambda target, seed: sampled_tree(target, seed, CHAIN),
+    "eagle": lambda target, seed, depth=3: Eagle(eagle_head(target, seed), tokens=depth),
+    "eagle tree": lambda target, seed, depth=3: EagleTree(
+        eagle_head(target, seed), tokens=2 * depth, levels=depth, width=2
+    ),
+    "given tree": lambda target, seed, depth=3: table_tree(target, seed, cut(TREE, depth)),
+    "drawn tree": lambda target, seed, depth=3: sampled_tree(target, seed, cut(TREE, depth)),
+    "drawn chain": lambda target, seed, depth=3: sampled_tree(target, seed, cut(CHAIN, depth)),
 }
-"""What drafts for a target, by name. seed: of weights, where the drafter has its own."""
+"""What drafts for a target, by name. seed: of weights, where the drafter has its own. depth: the longest branch."""
 
 
 def fits(name: str, target: CausalLM) -> bool:

@@ -22,6 +22,8 @@ from jaxinf.models import CausalLM, ModelSpec, fold
 
 LENGTH = 3
 """Tokens of a continuation."""
+DEPTH = LENGTH - 1
+"""Of drafts: so that what follows a whole accepted draft is within the continuation."""
 PROMPT = (3, 7, 1, 7)
 SAMPLES = 200_000
 LEVEL = 0.001

@@ -90,7 +90,10 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Task:
-    """Prompts and how they are to be continued, plainly or with a drafter. cache: of `CausalLM.init_cache`."""
+    """Prompts and how they are to be continued, plainly or with a drafter.
+
+    cache: options of `CausalLM.init_cache`. most: the largest limit; programs are made for it.
+    """
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class Task:
         eos: Sequence[int] = (),
         logprobs: int | None = None,
         cache: dict | None = None,
+        most: int = 24,
     ):
         self.target, self.prompts, self.rows, self.logprobs = target, prompts, len(prompts), logprobs
         self.tokens, self.counts = padded(prompts)
@@ -112,7 +116,7 @@ class Task:
         self.seeds = np.asarray(range(self.rows) if seeds is None else seeds, np.uint32)
         self.limits = np.asarray(limits, np.int32)
         self.eos = np.asarray([*eos, *[-1] * (2 - len(eos))], np.int32)
-        self.most = 24
+        self.most = most
         assert self.limits.max() <= self.most
         self.cache = cache or {}
 

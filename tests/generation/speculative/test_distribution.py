@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from generation.speculative.drafters import DRAFTERS, fits
-from generation.speculative.laws import LEVEL, SAMPLES, SETTINGS, Counter, chi_square, seeds_of, small
+from generation.speculative.laws import DEPTH, LEVEL, SAMPLES, SETTINGS, Counter, chi_square, seeds_of, small
 
 QUICK = ("draft model", "drawn tree")
 SEEDS = 5
@@ -24,7 +24,7 @@ def counter() -> Counter:
 def check(counter: Counter, name: str, seeds: list[int], samples: int) -> None:
     if not fits(name, counter.target):
         counter = counter_of(2)
-    drafter = DRAFTERS[name](counter.target, 1)
+    drafter = DRAFTERS[name](counter.target, 1, DEPTH)
     for seed in seeds:
         found, worst, (accepted, offered) = counter(name, drafter, seed, samples)
         assert worst < 1e-4, "log-probabilities are the target's"
