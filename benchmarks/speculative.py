@@ -110,11 +110,11 @@ ROWS = [
     Row("self", skipping),
     Row("stdlib-draft", draft_model("stdlib-draft", 4)),
     Row("stdlib-draft-aligned", draft_model("stdlib-draft-aligned", 4)),
-    Row("stdlib-draft, tree", draft_tree, tree=True),
+    Row("stdlib-draft tree", draft_tree, tree=True),
     Row("medusa", heads("medusa"), tree=True),
-    Row("medusa, chain", heads("medusa-chain")),
+    Row("medusa chain", heads("medusa-chain")),
     Row("eagle", heads("eagle-tree"), tree=True),
-    Row("eagle, chain", heads("eagle")),
+    Row("eagle chain", heads("eagle")),
     Row("BigLittle", big_little, exact=False),
 ]
 
