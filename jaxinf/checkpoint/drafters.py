@@ -25,12 +25,21 @@ from jaxinf.checkpoint.quantization import Quantization, as_stored
 from jaxinf.checkpoint.tensors import Pending, open_tensors, write
 from jaxinf.core import from_record, to_record
 from jaxinf.models import CausalLM
-from jaxinf.models.drafting import EagleHead, EagleSpec, MedusaHeads, MedusaSpec, fingerprint
+from jaxinf.models.drafting import (
+    AheadSpec,
+    AheadTokens,
+    EagleHead,
+    EagleSpec,
+    MedusaHeads,
+    MedusaSpec,
+    fingerprint,
+)
 from pallas_kernels.errors import CheckpointError, InputError
 
 FILE, KEY, VERSION = "drafter.json", "jaxinf_drafter", 1
-KINDS = ("medusa", "eagle", "mtp")
-Heads = MedusaHeads | EagleHead
+KINDS = ("medusa", "eagle", "mtp", "pass")
+Heads = MedusaHeads | EagleHead | AheadTokens
+_FORMS: dict[str, tuple[Any, Any]] = {"medusa": (MedusaSpec, MedusaHeads), "pass": (AheadSpec, AheadTokens)}
 Ranks = tuple[tuple[float, ...], ...]
 
 
@@ -52,6 +61,8 @@ class Drafting:
         """One of `KINDS`."""
         if isinstance(self.head, MedusaHeads):
             return "medusa"
+        if isinstance(self.head, AheadTokens):
+            return "pass"
         return "eagle" if self.head.spec.modules == 1 else "mtp"
 
     def check(self, target: CausalLM) -> None:
@@ -119,15 +130,14 @@ def load_drafter(folder: str | Path, target: CausalLM | None = None, *, dtype=No
         raise CheckpointError(f"{at} names the kind {record.get('kind')!r}; known are {', '.join(KINDS)}")
     if unknown := sorted(set(record) - {"version", "kind", "dtype", "target", "spec", "ranks"}):
         raise CheckpointError(f"{at} has keys that are not understood: {', '.join(unknown)}")
-    medusa = record["kind"] == "medusa"
+    described, make = _FORMS.get(record["kind"], (EagleSpec, EagleHead))
     try:
-        spec = from_record(MedusaSpec if medusa else EagleSpec, record.get("spec"))
+        spec = from_record(described, record.get("spec"))
         stored = jnp.dtype(record.get("dtype", ""))
         ranks = tuple(tuple(map(float, step)) for step in record.get("ranks", ()))
     except (InputError, TypeError, ValueError) as e:
         raise CheckpointError(f"{at} does not describe drafting heads: {e}") from e
     dtype = stored if dtype is None else jnp.dtype(dtype)
-    make = MedusaHeads if medusa else EagleHead
     head = nnx.eval_shape(lambda: make(spec, rngs=nnx.Rngs(0), dtype=dtype))
     tensors, names = packing.Unpacked(open_tensors(folder)), OwnNames()
     model = as_stored(_as_model(head), tensors, names.source, Quantization("mixed"), str(folder))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxinf.training.data import Documents
 
-KINDS = ("medusa", "eagle", "mtp")
+KINDS = ("medusa", "eagle", "mtp", "pass")
 EPILOG = """\
 examples:
   jaxinf train-drafter stdlib --kind eagle --out runs/eagle --minutes 40
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, metavar="R", help="multiplies the peak rates (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and batches (default: 0)")
     heads = parser.add_argument_group("heads")
-    heads.add_argument("--heads", type=count, default=4, metavar="N", help="of medusa (default: 4)")
+    heads.add_argument("--heads", type=count, default=4, metavar="N", help="of medusa, tokens of pass (default: 4)")
     heads.add_argument("--modules", type=count, default=2, metavar="N", help="of mtp (default: 2)")
     heads.add_argument("--blocks", type=count, default=1, metavar="N", help="of a head or module (default: 1)")
     heads.add_argument("--width", type=count, metavar="N", help="of feed-forward parts (default: 3 x the target's)")

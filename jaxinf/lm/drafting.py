@@ -26,7 +26,7 @@ from jaxinf.lm.locate import EMBEDDED, locate
 from jaxinf.lm.measure import Device
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM
-from jaxinf.models.drafting import MedusaHeads
+from jaxinf.models.drafting import AheadTokens, MedusaHeads
 from jaxinf.models.placing import place_model
 from pallas_kernels.errors import InputError
 
@@ -68,7 +68,7 @@ def drafter_of(what: Any, target: CausalLM, tokenizer: Tokenizer | None, tokens:
     if what == "ngram":
         return PromptLookup(**given)
     if what == "lookahead":
-        return speculative.Lookahead(**given)
+        return speculative.Lookahead.of(**given)
     if what == "self":
         return speculative.SelfSpeculative.of(target, **given)
     if what in HEADS:
@@ -95,6 +95,8 @@ def heads(what: str | Path, target: CausalLM, **given: Any) -> Drafter:
     given = dict(given, target=found.target)
     if isinstance(found.head, MedusaHeads):
         return speculative.Medusa.of(found.head, () if name == "medusa-chain" else found.ranks, **given)
+    if isinstance(found.head, AheadTokens):
+        return speculative.PaSS(found.head, **given)
     tree = name == "eagle-tree" and found.head.spec.modules == 1
     return (speculative.EagleTree if tree else speculative.Eagle).of(found.head, found.ranks, **given)
 

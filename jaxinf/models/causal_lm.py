@@ -107,7 +107,9 @@ class Segment(nnx.Module):
     def _kept(self, skip: frozenset[int], *, whole: bool) -> list[int]:
         """The repeats that are left, of a stack that stages have not cut unless `whole` is False."""
         if not whole:
-            raise UnsupportedError("layers cannot be skipped where a mesh's pipeline cuts their stack: use pipeline=1")
+            raise UnsupportedError(
+                "layers cannot be skipped where a mesh's pipeline cuts their stack: use pipeline=1"
+            )
         period = len(self.spec.period)
         rows = [{*range(i * period, (i + 1) * period)} for i in range(self.spec.repeats)]
         if any(0 < len(row & skip) < period for row in rows):
@@ -156,6 +158,7 @@ class CausalLM(nnx.Module):
         positions: jax.Array | None = None,
         tree: jax.Array | None = None,
         skip: Collection[int] = (),
+        ahead: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         """Final hidden states of T new tokens a row.
 
@@ -168,8 +171,10 @@ class CausalLM(nnx.Module):
           positions: int32 `[B, T]`; default: consecutive. Without a cache only.
           tree: bool `[B, T, T]`; the tokens are nodes of a tree, as in `Step`. With a cache only, of which
             `Cache.commit` then keeps a branch: lengths after the pass are those of all nodes.
-          skip: static; indices of layers that are left out, whose caches stay as they are. Where layers are stacked,
-            whole periods.
+          skip: static; indices of layers that are left out, whose caches stay as they are. Where layers are
+            stacked, whole periods.
+          ahead: `[A, d_model]`; the last A columns have these embeddings in place of their tokens'. Not for a pass
+            that `zigzag.splits`.
 
         Returns:
           `(hidden [B, T, d_model], the cache after or None, the mixtures' balancing loss)`. Where `zigzag.splits(T,
@@ -190,7 +195,7 @@ class CausalLM(nnx.Module):
                 counts = jnp.full_like(starts, total)
         step = Step(positions, counts, fresh, split, tree)
 
-        x = self.embedded(tokens, positions)
+        x = self.embedded(tokens, positions, ahead)
         layers, loss = [], jnp.zeros((), jnp.float32)
         first = 0
         for i, segment in enumerate(self.segments):
@@ -203,11 +208,14 @@ class CausalLM(nnx.Module):
             x = self.final_norm(x)
         return x, None if cache is None else Cache(tuple(layers), step.totals), loss
 
-    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """What the first layer gets: int32 `[B, T]` tokens and their positions -> `[B, T, d_model]`."""
+    def embedded(self, tokens: jax.Array, positions: jax.Array, ahead: jax.Array | None = None) -> jax.Array:
+        """What the first layer gets: int32 `[B, T]` tokens and their positions -> `[B, T, d_model]`. ahead: as for
+        `hidden`."""
         x = self.embed(tokens)
         if self.spec.embed_scale != 1.0:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
+        if ahead is not None:
+            x = x.at[:, x.shape[1] - ahead.shape[0] :].set(ahead.astype(x.dtype))
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.embed_norm is not None:

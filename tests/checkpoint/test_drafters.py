@@ -12,7 +12,16 @@ from flax import nnx
 from jaxinf.checkpoint import load
 from jaxinf.checkpoint.drafters import Drafting, is_drafter, load_drafter, rank_table, save_drafter
 from jaxinf.layers import AttentionSpec, FFNSpec, LayerSpec, RopeSpec
-from jaxinf.models.drafting import EagleHead, EagleSpec, MedusaHeads, MedusaSpec, fingerprint, narrowed
+from jaxinf.models.drafting import (
+    AheadSpec,
+    AheadTokens,
+    EagleHead,
+    EagleSpec,
+    MedusaHeads,
+    MedusaSpec,
+    fingerprint,
+    narrowed,
+)
 from pallas_kernels.errors import CheckpointError, InputError
 
 LAYER = LayerSpec(AttentionSpec(2, 1, 16, rope=RopeSpec(16)), FFNSpec(64))
@@ -21,6 +30,7 @@ HEADS = {
     "medusa": MedusaHeads(MedusaSpec(32, heads=2), rngs=nnx.Rngs(0)),
     "eagle": EAGLE,
     "mtp": EagleHead(EagleSpec(32, LAYER, modules=2), rngs=nnx.Rngs(0)),
+    "pass": AheadTokens(AheadSpec(32, tokens=2), rngs=nnx.Rngs(0)),
 }
 
 
@@ -72,7 +82,7 @@ def test_what_is_wrong_is_said(tmp_path):
             load_drafter(folder)
 
     says("is version 2 of this format; this build reads 1", version=2)
-    says("names the kind 'hydra'; known are medusa, eagle, mtp", kind="hydra")
+    says("names the kind 'hydra'; known are medusa, eagle, mtp, pass", kind="hydra")
     says("names the kind 'mtp', but what it describes is eagle", kind="mtp")
     says("keys that are not understood: colour", colour="red")
     says("does not describe drafting heads", spec={"type": "EagleSpec", "d_model": 32})

@@ -1,6 +1,7 @@
 """Speculative decoding: drafters, the rules of acceptance, and the loop that holds them together."""
 
 from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, by_rejection, by_threshold, residual
+from jaxinf.generation.speculative.ahead import PaSS
 from jaxinf.generation.speculative.big_little import BigLittle
 from jaxinf.generation.speculative.datastore import Datastore, tokenizer_hash
 from jaxinf.generation.speculative.draft_model import DraftModel
@@ -32,6 +33,7 @@ __all__ = [
     "Judge",
     "Lookahead",
     "Medusa",
+    "PaSS",
     "Policy",
     "PromptLookup",
     "Retrieval",

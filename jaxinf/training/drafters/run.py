@@ -13,9 +13,10 @@ import numpy as np
 from jaxinf.checkpoint.drafters import Drafting, rank_table, save_drafter
 from jaxinf.layers import FFNSpec, LayerSpec
 from jaxinf.models import CausalLM, ModelSpec
-from jaxinf.models.drafting import EagleSpec, MedusaSpec, fingerprint, narrowed
+from jaxinf.models.drafting import AheadSpec, EagleSpec, MedusaSpec, fingerprint, narrowed
 from jaxinf.training.align.text import spread
 from jaxinf.training.data import Batches, Documents
+from jaxinf.training.drafters.ahead import PassTask
 from jaxinf.training.drafters.continuations import continuations, cut_prompts
 from jaxinf.training.drafters.loop import HeadRecord, HeadTrainer, HeadTraining, Phase, write_log
 from jaxinf.training.drafters.measure import agreement, loops, ranks, tokens_per_pass
@@ -24,7 +25,7 @@ from jaxinf.training.drafters.tasks import EagleTask, MedusaTask, Task
 from jaxinf.training.optimizer import OptimizerSpec
 from pallas_kernels.errors import CheckpointError, InputError
 
-HeadKind = Literal["medusa", "eagle", "mtp"]
+HeadKind = Literal["medusa", "eagle", "mtp", "pass"]
 EXPORT, REPORT, LOG, OWN = "export", "report.json", "log.jsonl", "continuations.npy"
 
 
@@ -32,14 +33,15 @@ EXPORT, REPORT, LOG, OWN = "export", "report.json", "log.jsonl", "continuations.
 class HeadRecipe:
     """How heads are made.
 
-    heads: of Medusa. modules: of multi-token prediction. blocks: of a head or a module. width: hidden channels of a
-      block's feed-forward part; None: three times the features'.
+    heads: of Medusa; look-ahead tokens of PaSS. modules: of multi-token prediction. blocks: of a head or a module.
+    width: hidden channels of a block's feed-forward part; None: three times the features'.
     steps, batch, context: updates in all, rows of text in each, tokens of a row.
     unroll: steps of a draft that eagle and mtp learn, once they have learned the first for a third of the run.
     continuations: rows that the target writes itself, `own` tokens behind `prompt` of the text, for half of the
       updates; 0: none.
     format: how matrices are stored, a name in `jaxinf.quant.FORMATS`; None: bfloat16.
-    probe: held-out prompts that the heads are measured on.
+    probe: held-out prompts that the heads are measured on, by the `fresh` tokens that the target, greedy, writes
+      behind each.
     """
 
     kind: HeadKind
@@ -55,7 +57,8 @@ class HeadRecipe:
     prompt: int = 97
     own: int = 160
     format: str | None = "int8"
-    probe: int = 100
+    probe: int = 160
+    fresh: int = 48
     seed: int = 0
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
 
@@ -63,7 +66,8 @@ class HeadRecipe:
         """With rows that the target's context holds."""
         context = min(self.context, target.context)
         prompt = min(self.prompt, max(1, context // 4))
-        return replace(self, context=context, prompt=prompt, own=min(self.own, context - prompt))
+        left = context - prompt
+        return replace(self, context=context, prompt=prompt, own=min(self.own, left), fresh=min(self.fresh, left))
 
     def task(self, target: ModelSpec) -> Task:
         """What is trained for a target.
@@ -73,8 +77,10 @@ class HeadRecipe:
         """
         if self.kind == "medusa":
             return MedusaTask(MedusaSpec(target.d_model, self.heads, self.blocks))
+        if self.kind == "pass":
+            return PassTask(AheadSpec(target.d_model, self.heads))
         if self.kind not in ("eagle", "mtp"):
-            raise InputError(f"kind={self.kind!r} must be medusa, eagle or mtp")
+            raise InputError(f"kind={self.kind!r} must be medusa, eagle, mtp or pass")
         modules = 1 if self.kind == "eagle" else self.modules
         last = list(target.layers())[-1]
         layer = LayerSpec(
@@ -85,7 +91,10 @@ class HeadRecipe:
     def training(self, task: Task) -> HeadTraining:
         """The run: short rows first, which make attention cheap."""
         short, middle = _part(self.context, 4), _part(self.context, 2)
-        if self.kind == "medusa":
+        if self.kind == "pass":
+            # A row has one draft, at its end: short rows are many.
+            phases = (Phase(0.8, _part(self.context, 16), task.depth), Phase(1.0, short, task.depth))
+        elif self.kind == "medusa":
             phases = (Phase(0.8, short, task.depth), Phase(1.0, middle, task.depth))
         else:
             first = self.modules if self.kind == "mtp" else 1
@@ -177,7 +186,7 @@ def probes(target: CausalLM, held_out: np.ndarray, recipe: HeadRecipe) -> tuple[
       InputError: all of them loop, or the text is too short.
     """
     prompts = spread(held_out, recipe.probe, recipe.prompt)
-    rows = continuations(target, prompts, tokens=recipe.own, temperatures=(0.0,), batch=min(64, len(prompts)))
+    rows = continuations(target, prompts, tokens=recipe.fresh, temperatures=(0.0,), batch=min(64, len(prompts)))
     lively = np.array([not loops(row[recipe.prompt :]) for row in rows])
     if not lively.any():
         lively[:] = True  # an untrained target says one thing again and again: measure that
