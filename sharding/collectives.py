@@ -7,7 +7,10 @@ layers are written once. The mesh in context is part of jit's key.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,27 @@ AXES = ("data", "pipeline", "sequence", "expert", "tensor")
 """Every mesh has these, in this order; neighbours along `tensor` are neighbours on the wires."""
 
 
+_ALONE = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """What is traced inside computes as on one chip: every chip does the same with arrays that it has whole.
+
+    For small modules beside a split model. No jitted function that asks for sizes may be called both inside and
+    outside.
+    """
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
+
+
 def size(*axes: str) -> int:
     """Chips along the axes, in the program being traced."""
+    if _ALONE.get():
+        return 1
     mesh = jax.sharding.get_abstract_mesh()
     manual = getattr(mesh, "manual_axes", ())
     return math.prod(mesh.shape[axis] for axis in axes if axis in manual)

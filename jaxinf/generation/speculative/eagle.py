@@ -22,9 +22,7 @@ from jaxinf.generation.speculative.medusa import check_made_for
 from jaxinf.generation.speculative.writing import write_chain
 from jaxinf.models import CausalLM
 from jaxinf.models.drafting import EagleHead
-from pallas_kernels.errors import UnsupportedError
 from sharding import split_axis
-from sharding.collectives import size
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +65,6 @@ class Eagle(Drafter):
         check_made_for(self.target, self.head.spec.d_model, target)
 
     def init(self, target: CausalLM, batch: int, tokens: int) -> Reading:
-        check_whole()
         return Reading.new(self.head, target, batch, tokens, self.tokens)
 
     def read(self, target, state: Reading, tokens, counts, hidden, *, fresh: bool) -> Reading:
@@ -144,15 +141,3 @@ def read_waiting(
     counts = jnp.where(view.active, state.waiting, 0)
     after, made = state.read(head, target, state.features[:, :width], state.tokens(view.history, width), counts)
     return dataclasses.replace(after, waiting=state.waiting - counts), made
-
-
-def check_whole() -> None:
-    """
-    Raises:
-      UnsupportedError: the mesh in context splits layers.
-    """
-    if size("tensor") > 1:
-        raise UnsupportedError(
-            f"heads with attention of their own draft whole on every chip, but tensor={size('tensor')} would split "
-            "them: take Medusa heads, a draft model, or tensor=1"
-        )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxinf.cache import Cache
 from jaxinf.cache.base import DECODE_TOKENS
 from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View, check_nodes
-from jaxinf.generation.speculative.eagle import check_whole, read_waiting
+from jaxinf.generation.speculative.eagle import read_waiting
 from jaxinf.generation.speculative.features import Reading
 from jaxinf.generation.speculative.growing import growing, grown
 from jaxinf.generation.speculative.medusa import check_made_for
@@ -81,7 +81,6 @@ class EagleTree(Drafter):
         check_made_for(self.target, self.head.spec.d_model, target)
 
     def init(self, target: CausalLM, batch: int, tokens: int) -> Reading:
-        check_whole()
         return Reading.new(self.head, target, batch, tokens, self.width * self.levels)
 
     def read(self, target, state: Reading, tokens, counts, hidden, *, fresh: bool) -> Reading:

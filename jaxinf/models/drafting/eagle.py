@@ -17,6 +17,7 @@ from jaxinf.layers import Block, LayerSpec, Linear, NormSpec, RMSNormSpec
 from jaxinf.models.causal_lm import CausalLM, init_cache
 from jaxinf.models.spec import ModelSpec, Segment
 from pallas_kernels.errors import InputError
+from sharding.collectives import alone
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Module(nnx.Module):
 
 class EagleHead(nnx.Module):
     """Of the feature at t and the token at t + 1 it makes the feature at t + 1, whose logits, by the target's own
-    head, predict token t + 2."""
+    head, predict token t + 2. On a mesh every chip has it whole, for its own rows."""
 
     def __init__(self, spec: EagleSpec, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.spec = spec
@@ -125,7 +126,8 @@ class EagleHead(nnx.Module):
         step = Step(positions, counts, fresh)
         embedded = target.embedded(tokens, positions + 1).astype(features.dtype)
         caches = (None,) * spec.blocks if cache is None else cache.layers[module]
-        out, after = self.modules[module](features, embedded, step, caches)
+        with alone():
+            out, after = self.modules[module](features, embedded, step, caches)
         if cache is None:
             return out, None
         layers = (*cache.layers[:module], after, *cache.layers[module + 1 :])
@@ -136,4 +138,5 @@ class EagleHead(nnx.Module):
     ) -> Cache:
         """An empty cache of all modules; the arguments are those of `CausalLM.init_cache`."""
         dtype = self.dtype if dtype is None else dtype
-        return init_cache(self.spec.stacks(), batch, capacity, dtype=dtype, max_append=max_append, kind=kind)
+        with alone():
+            return init_cache(self.spec.stacks(), batch, capacity, dtype=dtype, max_append=max_append, kind=kind)
