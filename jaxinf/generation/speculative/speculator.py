@@ -19,6 +19,7 @@ from jaxinf.generation.speculative import loop
 from jaxinf.generation.speculative.drafter import Drafter, check_nodes
 from jaxinf.generation.speculative.loop import Speculation, Tally
 from jaxinf.generation.speculative.policy import Costs, Policy
+from jaxinf.layers import ExpertChoice, MoESpec
 from pallas_kernels.errors import InputError, UnsupportedError
 from sharding.program import OWN, ROWS, SAME, VOCAB_ROWS
 
@@ -130,13 +131,20 @@ class Speculator:
         return 0 if self.drafter.chain else self.drafter.nodes
 
     def begin(self, prompts: Sequence[Sequence[int]], cache: Cache, **options: Any) -> SpeculativeBatch:
-        """As `Runner.begin`, without tokens that are in the cache already."""
+        """As `Runner.begin`, without tokens that are in the cache already; the cache has a row for each sample.
+
+        Raises:
+          InputError: the cache is not empty, or not made for these rows and drafts.
+          UnsupportedError: several rows of a model whose experts choose among the rows of a step.
+        """
         if options.pop("cached", None) is not None:
             raise InputError("a drafter reads prompts from their start: give an empty cache")
         limits = options["limits"]
         samples = options.get("samples", 1)
         rows = [p for p in prompts for _ in range(samples)]
-        tokens = buckets.capacity(max(len(p) + n for p, n in zip(rows, limits, strict=True)) + 1, None)
+        longest = max(len(p) + n for p, n in zip(rows, limits, strict=True))
+        self._check(cache, len(rows), longest)
+        tokens = buckets.capacity(longest + 1, None)
         held: list[Any] = []
 
         def prefill(prompts, cache, *, fresh):
@@ -155,6 +163,30 @@ class Speculator:
         plain = self.runner.begin(prompts, cache, prefill=prefill, **options)
         state = self._start(plain.state, *held)
         return SpeculativeBatch(self, plain, state)
+
+    def _check(self, cache: Cache, rows: int, longest: int) -> None:
+        """longest: prompt and answer of a row."""
+        ffns = [layer.ffn for layer in self.runner.spec.layers()]
+        if rows > 1 and any(isinstance(f, MoESpec) and isinstance(f.router, ExpertChoice) for f in ffns):
+            raise UnsupportedError(
+                f"this model's experts choose among the rows of a step, and {rows} rows of drafted tokens would be "
+                "other steps: give one row, or decode without a drafter"
+            )
+        if self.runner.mesh is not None:  # whose caches are each chip's own
+            return
+        if cache.batch != rows:
+            raise InputError(f"the cache has {cache.batch} rows, but there are {rows} answers: make it with {rows}")
+        needed = longest - 1 + self.spare
+        if cache.capacity is not None and cache.capacity < needed:
+            raise InputError(
+                f"the cache holds {cache.capacity} tokens a row, but prompts, answers and {self.spare} tokens of "
+                f"trees take {needed}: make it for {needed}"
+            )
+        if cache.append_limit is not None and cache.append_limit < self.drafter.nodes:
+            raise InputError(
+                f"of the cache {cache.append_limit} tokens can be taken back, but a draft has "
+                f"{self.drafter.nodes}: make it with max_append={self.max_append}"
+            )
 
     def advance(self, state: Speculation, steps: int, halt, eos, controls, fixed, costs: Costs | None):
         runner = self.runner
