@@ -29,7 +29,7 @@ from jaxinf.generation.speculative.accept import Accepted, Judge, by_equality, b
 from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View
 from jaxinf.generation.speculative.policy import Costs, Policy
 from jaxinf.models import CausalLM
-from sharding import split_axis
+from sharding import split_axis, zigzag
 from sharding.collectives import pmax
 from sharding.rules import RULES
 
@@ -101,8 +101,11 @@ def read_piece(
     hidden, after, _ = target.hidden(tokens, cache, counts=counts, fresh=fresh)
     assert after is not None
     state = drafter.read(target, state, tokens, counts, hidden, fresh=fresh)
-    last = jnp.maximum(counts - 1, 0)
-    new = target.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    if zigzag.splits(tokens.shape[1], fresh):
+        ends = zigzag.take_last(hidden, counts)
+    else:
+        ends = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    new = target.logits(ends)
     history = _appended(history, starts, tokens, counts)
     return jnp.where((counts > 0)[:, None], new, logits), after, state, history
 

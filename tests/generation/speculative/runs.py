@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinf.cache import LayerCache
-from jaxinf.generation import SamplingParams, generate
+from jaxinf.generation import Runner, SamplingParams, generate
 from jaxinf.generation.loop import first
 from jaxinf.generation.sampling import Controls
-from jaxinf.generation.speculative import Drafter, begin, decode, read_piece
+from jaxinf.generation.speculative import Costs, Drafter, Speculator, begin, decode, read_piece
 
 FAR = 1e4
 """What memory that nobody wrote holds: seen with any weight at all, it would drown everything else."""
@@ -167,3 +167,19 @@ def rows_of(*parts, name: str = "tokens") -> list[list]:
     return [
         [x for part in parts for x in getattr(part, name)[row, : part.counts[row]].tolist()] for row in range(rows)
     ]
+
+
+def hosted(runner: Runner, drafter: Drafter, prompts, limits, *, steps: int, costs: Costs | None = None, **options):
+    """`(tokens of each row, the batch)` by way of the host, `steps` passes a call."""
+    speculator = Speculator(runner, drafter, costs)
+    tokens = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
+    cache = runner.new_cache(len(prompts), tokens + speculator.spare, max_append=speculator.max_append)
+    given = dict(limits=limits, params=[SamplingParams()] * len(prompts), seeds=[0] * len(prompts)) | options
+    batch = speculator.begin(prompts, cache, **given)
+    rows: list[list[int]] = [[] for _ in prompts]
+    while True:
+        for row, count in enumerate(batch.written.counts):
+            rows[row] += batch.written.tokens[row, :count].tolist()
+        if batch.finished.all():
+            return rows, batch
+        batch.advance(steps)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from generation.speculative.drafters import CHAIN, DRAFTERS, fits, table_tree
-from generation.speculative.runs import Task, rows_of
+from generation.speculative.runs import Task, hosted, rows_of
 from tiny_models import model
 
 from jaxinf.generation import Runner, SamplingParams
-from jaxinf.generation.speculative import Drafter, Speculator
+from jaxinf.generation.speculative import Drafter
 from jaxinf.layers import AttentionSpec, FFNSpec, LayerSpec, MoESpec, RopeSpec, TokenChoice
 from jaxinf.models import ModelSpec, fold
 
@@ -167,22 +167,6 @@ def test_penalties_see_the_path(name: str) -> None:
     _, state, _ = same_as_plain(here, DRAFTERS[name](here.target, 3))
     for row, (prompt, made) in enumerate(zip(PROMPTS, rows_of(here.plain), strict=True)):
         assert np.flatnonzero(state.rows.seen[row]).tolist() == sorted({*prompt, *made})
-
-
-def hosted(lm_runner: Runner, drafter: Drafter, prompts, limits, *, steps: int, costs=None, **options):
-    """`(tokens of each row, the batch)` by way of the host."""
-    speculator = Speculator(lm_runner, drafter, costs)
-    tokens = max(len(p) + n for p, n in zip(prompts, limits, strict=True))
-    cache = lm_runner.new_cache(len(prompts), tokens + speculator.spare, max_append=speculator.max_append)
-    given = dict(limits=limits, params=[SamplingParams()] * len(prompts), seeds=[0] * len(prompts)) | options
-    batch = speculator.begin(prompts, cache, **given)
-    rows: list[list[int]] = [[] for _ in prompts]
-    while True:
-        for row, count in enumerate(batch.written.counts):
-            rows[row] += batch.written.tokens[row, :count].tolist()
-        if batch.finished.all():
-            return rows, batch
-        batch.advance(steps)
 
 
 def test_the_host_takes_passes_in_calls_of_any_size() -> None:
