@@ -4,7 +4,8 @@
 
 Four tables:
   1. a Llama-shaped checkpoint of 134.5 M random parameters (30 layers, 576 wide, 9 query and 3 KV heads, as
-     SmolLM2-135M), float32 and bfloat16, through `LM.generate` and through transformers' `generate`;
+     SmolLM2-135M), float32 and bfloat16, through `LM.generate` and through transformers' `generate`, and the float32
+     one with the matrices of its layers in int8 beside its own float32;
   2. what a mixture of experts costs beside the dense model of its active size;
   3. the matrix products of one decode step and of one prefill of that model, all layers and the head, with weights
      stored in float32, bfloat16 and int8 (one scale a column), activations in float32;
@@ -90,6 +91,8 @@ def worker_transformers(folder: str, dtype: str) -> dict:
 def worker_jaxinf(folder: str, dtype: str) -> dict:
     import jaxinf
 
+    if dtype == "int8":
+        return time_lm(jaxinf.LM.from_pretrained(str(Path(folder) / "float32"), quantize="int8"))
     return time_lm(jaxinf.LM.from_pretrained(str(Path(folder) / dtype)))
 
 
@@ -192,10 +195,11 @@ def peers(rounds: int, progress) -> list[dict]:
         progress("making the checkpoint")
         run_worker("checkpoint", folder)
         cases = [(lib, folder, dtype) for dtype in ("float32", "bfloat16") for lib in ("transformers", "jaxinf")]
+        cases.append(("jaxinf", folder, "int8"))
         results = in_rounds(rounds, cases, progress)
     rows = []
     for (library, _, dtype), runs in zip(cases, results, strict=True):
-        theirs = results[cases.index(("transformers", cases[0][1], dtype))]
+        theirs = results[cases.index(("transformers", cases[0][1], "float32" if dtype == "int8" else dtype))]
         f32 = results[cases.index((library, cases[0][1], "float32"))]
         rows.append(
             dict(
@@ -301,7 +305,7 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     tables = dict(
-        peers=("tokens/s; ratios to transformers at the same dtype", peers),
+        peers=("tokens/s; ratios to transformers at the same dtype (int8: at float32)", peers),
         mixtures=("tokens/s; ratios to the dense model", mixtures),
         weights=("matrix products alone; ratios to float32", weights),
         cold=("seconds from process start to the end of a call for one token", cold_start),
