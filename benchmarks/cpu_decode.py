@@ -4,8 +4,8 @@
 
 Four tables:
   1. a Llama-shaped checkpoint of 134.5 M random parameters (30 layers, 576 wide, 9 query and 3 KV heads, as
-     SmolLM2-135M), float32 and bfloat16, through `LM.generate` and through transformers' `generate`, and the float32
-     one with the matrices of its layers in int8 beside its own float32;
+     SmolLM2-135M), float32 and bfloat16, through `LM.generate` and through transformers' `generate`; and the
+     float32 one with the matrices of its layers in int8 beside its own float32;
   2. what a mixture of experts costs beside the dense model of its active size;
   3. the matrix products of one decode step and of one prefill of that model, all layers and the head, with weights
      stored in float32, bfloat16 and int8 (one scale a column), activations in float32;
