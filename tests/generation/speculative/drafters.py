@@ -23,6 +23,7 @@ from jaxinf.generation.speculative import (
     EagleTree,
     Lookahead,
     Medusa,
+    PaSS,
     PromptLookup,
     Retrieval,
     SelfSpeculative,
@@ -31,7 +32,7 @@ from jaxinf.generation.speculative import (
 from jaxinf.generation.speculative.drafter import with_token
 from jaxinf.layers import AttentionSpec, FFNSpec, LayerSpec, RopeSpec
 from jaxinf.models import CausalLM
-from jaxinf.models.drafting import EagleHead, EagleSpec, MedusaHeads, MedusaSpec
+from jaxinf.models.drafting import AheadSpec, AheadTokens, EagleHead, EagleSpec, MedusaHeads, MedusaSpec
 from sharding import split_axis
 
 TREE = (0, 0, 0, 1, 1, 2, 4)
@@ -200,6 +201,9 @@ DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "retrieval": retrieval,
     "layers left out": lambda target, seed, depth=3: SelfSpeculative((target.spec.depth - 1,), tokens=depth),
     "lookahead": lambda target, seed, depth=2: Lookahead(depth, 3, 3, buckets=32),
+    "look-ahead tokens": lambda target, seed, depth=3: PaSS(
+        AheadTokens(AheadSpec(target.spec.d_model, depth - 1), rngs=nnx.Rngs(seed))
+    ),
     "medusa": medusa,
     "eagle": lambda target, seed, depth=3: Eagle(eagle_head(target, seed), tokens=depth),
     "eagle tree": lambda target, seed, depth=3: EagleTree(

@@ -42,7 +42,7 @@ SETUPS: dict[str, tuple[str, dict]] = {
     "windows and whole": ("both", {}),
     "int4": ("dense", dict(kind="int4")),
 }
-CHAINS = ("draft model", "prompt lookup", "layers left out", "eagle", "drawn chain")
+CHAINS = ("draft model", "prompt lookup", "layers left out", "look-ahead tokens", "eagle", "drawn chain")
 QUICK = {("window", "draft model"), ("window, int8", "given tree"), ("sinks", "drawn chain")}
 CASES = [
     pytest.param(setup, name, marks=() if (setup, name) in QUICK else pytest.mark.slow)
