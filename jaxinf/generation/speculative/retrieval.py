@@ -16,15 +16,21 @@ from jaxinf.generation.speculative.drafter import Draft, Drafter, View, check_no
 from jaxinf.models import CausalLM
 from pallas_kernels.errors import InputError
 
+LONGER = 2.0
+"""What the occurrences of a suffix weigh together, in those of one a token shorter."""
+FURTHER = 0.6
+"""What a token counts, of the one before it: below 1, so that a node comes after its parent."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Retrieval(Drafter):
     """What followed the last tokens where they stand in some text: the most frequent branches of a trie.
 
-    The longest suffix of the row's tokens that the text has is looked up, by bisection in its suffix array on the
-    device. Of what follows its occurrences (`samples` of them, evenly spread over the sorted ones) the `tokens`
-    prefixes that most of them share are the draft, a tree.
+    The suffixes of the row's tokens are looked up, by bisection in the text's suffix array on the device. Of what
+    follows their occurrences (`samples` of each, evenly spread over the sorted ones) the `tokens` prefixes of most
+    weight are the draft, a tree. The paper takes the longest suffix that occurs; here shorter ones have their say
+    too, half as much for each token less, which fills the tree where longer ones are rare.
 
     text, suffixes: int32 `[M]`, of a `Datastore`. vocab: static, its vocabulary; None: not checked.
     tokens: static, nodes of a draft. longest_draft: static, its branches' length at most.
@@ -39,7 +45,7 @@ class Retrieval(Drafter):
     longest_draft: int = dataclasses.field(default=6, metadata=dict(static=True))
     longest: int = dataclasses.field(default=8, metadata=dict(static=True))
     shortest: int = dataclasses.field(default=1, metadata=dict(static=True))
-    samples: int = dataclasses.field(default=32, metadata=dict(static=True))
+    samples: int = dataclasses.field(default=12, metadata=dict(static=True))
     order: int = dataclasses.field(default=32, metadata=dict(static=True))
 
     @classmethod
@@ -105,29 +111,32 @@ class Retrieval(Drafter):
 
     def draft(self, target: CausalLM, state: Any, view: View) -> tuple[Draft, Any, Cache]:
         known = view.lengths + 1
-        start = jnp.maximum(known - self.longest, 0)
         have = jnp.minimum(known, self.longest)
-        last = view.tail(start, self.longest)
+        last = view.tail(jnp.maximum(known - self.longest, 0), self.longest)
         last = jnp.take_along_axis(last, (jnp.arange(self.longest) + have[:, None]) % self.longest, axis=1)
-        tokens, parents = trie(self._follows(last, have), self.tokens)
+        tokens, parents = trie(*self._follows(last, have), self.tokens)
         return Draft(tokens, parents=None if self.chain else parents), state, view.cache
 
-    def _follows(self, last: jax.Array, known: jax.Array) -> jax.Array:
-        """int32 `[B, samples, depth]`: what follows where the longest suffix of `last` stands; -1 past an end.
-
-        last: int32 `[B, longest]`, of which the last `known` int32 `[B]` are real."""
-        first, count, matched = self._range(last, known)
+    def _follows(self, last: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What follows the suffixes of `last` int32 `[B, longest]`, of which the last `known` int32 `[B]` are real:
+        `(int32 [B, S, depth], -1 past an end, weights float32 [B, S])`, S of all lengths together."""
+        first, count, lengths = self._ranges(last, known)
+        many, i = count[:, :, None], jnp.arange(self.samples)
         # Of sorted occurrences an even selection has what follows as often as all of them.
-        many, i = count[:, None], jnp.arange(self.samples)
         spread = many // self.samples * i + many % self.samples * i // self.samples
         few = many <= self.samples
-        chosen = first[:, None] + jnp.where(few, i, spread)
+        chosen = first[:, :, None] + jnp.where(few, i, spread)
         there = jnp.where(few, i < many, True)
-        at = self._place(chosen)[:, :, None] + matched[:, None, None] + jnp.arange(self.depth)
-        return jnp.where(there[:, :, None], self._token(at), END)
+        share = 1.0 / jnp.maximum(jnp.minimum(many, self.samples), 1)
+        weights = jnp.where(there, share * LONGER ** lengths[:, None].astype(jnp.float32), 0.0)
+        at = self._place(chosen)[..., None] + lengths[:, None, None] + jnp.arange(self.depth)
+        follows = jnp.where(there[..., None], self._token(at), END)
+        batch = last.shape[0]
+        return follows.reshape(batch, -1, self.depth), weights.reshape(batch, -1)
 
-    def _range(self, last: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Where that suffix stands among the sorted ones: `(first place, places, its tokens)`, int32 `[B]`."""
+    def _ranges(self, last: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Where those suffixes stand among the sorted ones: `(first place int32 [B, Q], places int32 [B, Q], tokens
+        of the suffix int32 [Q])`."""
         lengths = jnp.arange(self.longest, self.shortest - 1, -1, dtype=jnp.int32)
         place = jnp.arange(self.longest, dtype=jnp.int32)
         # Query j is the last lengths[j] tokens, from the left.
@@ -155,10 +164,7 @@ class Retrieval(Drafter):
             return jax.lax.fori_loop(0, size.bit_length(), halve, ends)[0]
 
         first, after = bisect(False), bisect(True)
-        count = jnp.where(lengths <= known[:, None], after - first, 0)
-        best = jnp.argmax(count > 0, axis=1)[:, None]  # the longest comes first
-        first, count = (jnp.take_along_axis(x, best, 1)[:, 0] for x in (first, count))
-        return first, count, lengths[best[:, 0]]
+        return first, jnp.where(lengths <= known[:, None], after - first, 0), lengths
 
     def _place(self, index: jax.Array) -> jax.Array:
         return self.suffixes[jnp.clip(index, 0, self.suffixes.shape[0] - 1)]
@@ -168,27 +174,27 @@ class Retrieval(Drafter):
         return jnp.where(at < size, self.text[jnp.minimum(at, size - 1)], END)
 
 
-def trie(follows: jax.Array, nodes: int) -> tuple[jax.Array, jax.Array]:
-    """The most frequent prefixes of some continuations.
+def trie(follows: jax.Array, weights: jax.Array, nodes: int) -> tuple[jax.Array, jax.Array]:
+    """The prefixes of some continuations that have the most weight, a token more counting `FURTHER` times as much.
 
     Args:
       follows: int32 `[B, S, D]`; of each what comes from its first -1 on does not count.
+      weights: float32 `[B, S]`, at least 0; a prefix has that of all continuations that begin with it.
 
     Returns:
-      `(tokens int32 [B, nodes], parents int32 [B, nodes])` as in `Draft`, the most frequent first, a shorter one
-      before a longer one; -1: there are no more.
+      `(tokens int32 [B, nodes], parents int32 [B, nodes])` as in `Draft`, the heaviest first; -1: no more.
     """
     batch, samples, depth = follows.shape
-    real = jnp.cumprod(follows != END, axis=2).astype(bool)
+    real = jnp.cumprod(follows != END, axis=2).astype(bool) & (weights > 0)[:, :, None]
     alike = jnp.cumprod(follows[:, :, None] == follows[:, None], axis=3).astype(bool)  # [B, S, S, D]
-    alike = alike & real[:, :, None]
+    alike = alike & real[:, :, None] & real[:, None]
     first = jnp.argmax(alike, axis=2)  # [B, S, D]: the first sample with the same prefix
-    often = jnp.sum(alike, axis=2, dtype=jnp.int32)
+    weight = jnp.sum(jnp.where(alike, weights[:, None, :, None], 0.0), axis=2)
     distinct = real & (first == jnp.arange(samples)[:, None])
-    score = jnp.where(distinct, often * depth - jnp.arange(depth), 0).reshape(batch, -1)
+    score = jnp.where(distinct, weight * FURTHER ** jnp.arange(depth), 0.0).reshape(batch, -1)
     best, at = jax.lax.top_k(score, min(nodes, samples * depth))
     tokens = jnp.take_along_axis(follows.reshape(batch, -1), at, axis=1)
-    # A prefix that is a token shorter is at least as frequent, so it has been chosen, and before.
+    # A prefix that is a token shorter weighs more, so it has been chosen, and before.
     owner = jnp.take_along_axis(jnp.roll(first, 1, axis=2).reshape(batch, -1), at, axis=1)
     wanted = owner * depth + at % depth - 1
     same = wanted[:, :, None] == at[:, None]

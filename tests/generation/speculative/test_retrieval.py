@@ -1,7 +1,5 @@
 """Drafts from a datastore: the same tokens, the right places found, the most frequent continuations drafted."""
 
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from tiny_models import model, spec
 
 from jaxinf.generation import SamplingParams
 from jaxinf.generation.speculative import Datastore, Retrieval
-from jaxinf.generation.speculative.retrieval import trie
+from jaxinf.generation.speculative.retrieval import FURTHER, LONGER, trie
 from pallas_kernels.errors import CheckpointError, InputError
 
 PROMPTS = [[1, 2, 3], list(range(1, 31)), [5] * 12, [9]]
@@ -37,57 +35,56 @@ def test_rows_are_those_of_plain_decoding(temperature: float | None) -> None:
     assert after.tally.accepted[0].min() > 0  # the text tells all of row 0
 
 
-def lookup(store: Datastore, row: list[int], longest: int, depth: int) -> tuple[int, list[tuple[int, ...]]]:
-    """By going through the whole text: how many last tokens it has, and what follows them there."""
-    text = [*store.tokens.tolist(), *[-1] * (longest + depth)]
-    for n in range(min(longest, len(row)), 0, -1):
-        found = [text[i + n : i + n + depth] for i in range(len(store.tokens)) if text[i : i + n] == row[-n:]]
-        if found:
-            cut = [tuple(x[: x.index(-1)] if -1 in x else x) for x in found]
-            return n, cut
-    return 0, []
+def occurrences(store: Datastore, row: list[int], n: int, depth: int) -> list[tuple[int, ...]]:
+    """By going through the whole text: what follows the last n tokens."""
+    text = [*store.tokens.tolist(), *[-1] * (n + depth)]
+    found = [text[i + n : i + n + depth] for i in range(len(store.tokens)) if text[i : i + n] == row[-n:]]
+    return [tuple(x[: x.index(-1)] if -1 in x else x) for x in found]
 
 
-def test_the_longest_suffix_is_found_and_its_continuations_are_counted() -> None:
-    store, depth, longest = Datastore.build(texts(), 4), 3, 5
-    drafter = Retrieval.of(store, tokens=15, longest=longest, longest_draft=depth, samples=256)
+def test_all_occurrences_are_found_and_the_heaviest_continuations_drafted() -> None:
+    store, depth, longest = Datastore.build(texts(vocab=6), 6), 3, 4
+    drafter = Retrieval.of(store, tokens=15, longest=longest, longest_draft=depth, samples=64)
     rng = np.random.default_rng(1)
-    rows = [rng.integers(0, 4, n).tolist() for n in (1, 2, 3, 5, 9, 9, 9)] + [
-        [7, 2],
-        [2, 7],
-        store.tokens[-5:-1].tolist(),
-    ]
+    rows = [rng.integers(0, 6, n).tolist() for n in (1, 2, 3, 5, 9, 9)]
+    rows += [store.tokens[20:24].tolist(), store.tokens[-5:-1].tolist(), [2, 7], [7, 2]]
     last = np.zeros((len(rows), longest), np.int32)
     for i, row in enumerate(rows):
         last[i, longest - min(longest, len(row)) :] = row[-longest:]
-    known = jnp.asarray([min(longest, len(row)) for row in rows])
+    known = np.asarray([min(longest, len(row)) for row in rows], np.int32)
 
     @jax.jit
     def drafted(drafter: Retrieval, last: jax.Array, known: jax.Array):
-        return drafter._range(last, known), drafter._follows(last, known)
+        return drafter._ranges(last, known), trie(*drafter._follows(last, known), drafter.tokens)
 
-    (_, count, matched), follows = drafted(drafter, jnp.asarray(last), known)
-    tokens, parents = jax.jit(trie, static_argnums=1)(follows, 15)
+    (_, count, lengths), (tokens, parents) = drafted(drafter, last, known)
+    assert lengths.tolist() == [4, 3, 2, 1]
     for i, row in enumerate(rows):
-        n, found = lookup(store, row, longest, depth)
-        assert (count[i], matched[i] if found else 0) == (len(found), n)
-        want = Counter(x[:k] for x in found for k in range(1, depth + 1) if len(x) >= k)
+        weights: dict[tuple[int, ...], float] = {}
+        for n, places in zip(lengths.tolist(), count[i].tolist(), strict=True):
+            found = occurrences(store, row, n, depth) if n <= len(row) else []
+            assert places == len(found) <= 64
+            for x in found:
+                for k in range(1, len(x) + 1):
+                    weight = LONGER**n / len(found) * FURTHER ** (k - 1)
+                    weights[x[:k]] = weights.get(x[:k], 0.0) + weight
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(tokens[i].tolist(), parents[i].tolist(), strict=True):
             assert parent < len(paths)
             paths.append((*paths[parent], token) if parent >= 0 else (-1,))
         got = [path for path in paths[1:] if path != (-1,)]
-        assert len({*got}) == len(got) == min(15, len(want))
-        often = [want[path] for path in got]
-        assert often == sorted(want.values(), reverse=True)[:15]
-    assert not any(len(lookup(store, row, longest, depth)[1]) for row in rows[-2:-1])
+        assert len({*got}) == len(got) == min(15, len(weights))
+        want = sorted(weights.values(), reverse=True)[:15]
+        np.testing.assert_allclose([weights[path] for path in got], want, rtol=1e-4)
+    assert count[-2].max() == 0  # nothing known ends in 7
 
 
-def test_a_trie_of_many_samples_keeps_shares() -> None:
+def test_of_many_occurrences_shares_are_kept() -> None:
     store = Datastore.build([[1, 2] * 30 + [1, 3] * 10], 4)
     drafter = Retrieval.of(store, tokens=2, longest=1, longest_draft=1, samples=8)
-    follows = drafter._follows(jnp.asarray([[1]]), jnp.asarray([1]))
+    follows, weights = drafter._follows(jnp.asarray([[1]]), jnp.asarray([1]))
     assert np.bincount(np.asarray(follows).ravel()).tolist() == [0, 0, 6, 2]
+    np.testing.assert_allclose(weights, LONGER / 8)
 
 
 def test_suffixes_are_sorted_by_so_many_tokens() -> None:
