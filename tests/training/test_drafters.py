@@ -230,7 +230,7 @@ def test_recipes_fit_the_target(target):
     assert isinstance(task.build(0), EagleHead)
     assert task.spec.layer.attention.window is None
     assert [p.length for p in recipe.training(task).phases] == [16, 16, 32]
-    with pytest.raises(InputError, match="kind='hydra' must be medusa, eagle or mtp"):
+    with pytest.raises(InputError, match="kind='hydra' must be medusa, eagle"):
         replace(recipe, kind="hydra").task(target.spec)
     with pytest.raises(InputError, match="progress=1"):
         HeadTraining(3, (Phase(0.5, 16, 1),))
