@@ -145,13 +145,18 @@ class DraftTree(Drafter):
         if temperature is None:
             return best, None
         x = process(flat, controls, context=context, processors=view.processors).reshape(logits.shape)
-        drawn = [view.draw(x[:, i // width], first + i) for i in range(count * width)]
+        rows = dataclasses.replace(
+            view, seeds=jnp.repeat(view.seeds, count * width), emitted=jnp.repeat(view.emitted, count * width)
+        )
+        each = jnp.repeat(x, width, axis=1)
+        nodes = jnp.tile(first + jnp.arange(count * width), batch)
+        drawn = rows.draw(each.reshape(-1, entries), nodes).reshape(batch, -1)
         # A row of temperature 0 is given its candidates, each as if drawn from a distribution of its own.
         cold = (temperature == 0)[:, None]
         place = split_axis.first_entry(x) + jnp.arange(entries)
         given = (best[:, :, None] == place).astype(jnp.float32)
         q = jnp.where(cold[:, :, None], given, jnp.repeat(split_axis.softmax(x), width, axis=1))
-        return jnp.where(cold, best, jnp.stack(drawn, axis=1)), q
+        return jnp.where(cold, best, drawn), q
 
     def commit(self, target: CausalLM, state: Cache, verified: Verified) -> Cache:
         if verified.draft is None:

@@ -143,9 +143,10 @@ class View:
 
 
 def pass_keys(seeds: jax.Array, emitted: jax.Array, number: jax.Array | int) -> jax.Array:
-    """Keys `[B]` of a pass that begins after `emitted` tokens; no two passes of a row begin there."""
+    """Keys `[B]` of a pass that begins after `emitted` tokens; no two passes of a row begin there. number: a
+    scalar, or one a row."""
     keys = row_keys(seeds, emitted)
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
 
 
 def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
