@@ -93,7 +93,8 @@ class Scaled(Store):
             return moved(x, starts, path, counts, axis=axis, ring=ring)
 
         axis = self.k.ndim - 2
-        return Scaled(*(one(x, axis) for x in (self.k, self.v, self.k_scale, self.v_scale)), self.format)
+        k, v, k_scale, v_scale = (one(x, axis) for x in (self.k, self.v, self.k_scale, self.v_scale))
+        return Scaled(k, v, k_scale, v_scale, self.format)
 
     def map_rows(self, change):
         axis = self.k.ndim - 4

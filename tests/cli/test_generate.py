@@ -264,7 +264,7 @@ def test_a_drafter_writes_the_same_in_fewer_passes(run, run_json, checkpoint: Pa
     got = run_json("generate", PROMPT, "--model", checkpoint, "--max-new-tokens", 30, "--draft", "ngram")
     (answer,) = got["completions"]
     assert answer["tokens"] == want.tokens
-    assert 1 <= answer["tokens_per_pass"]
+    assert answer["tokens_per_pass"] >= 1
     assert answer["passes"] <= 30
     code, _, err = run("generate", PROMPT, "--model", checkpoint, "--max-new-tokens", 30, "--draft", "ngram")
     assert code == 0

@@ -6,11 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
+from tiny_models import model, spec
 
 from jaxinf import LM, CausalLM, InputError
 from jaxinf.generation.speculative import Costs, DraftModel, PromptLookup
 from jaxinf.lm import drafting
-from tiny_models import model, spec
 
 PROMPTS = [[5, 9, 5, 9, 5], [3, 4, 7, 3, 4]]
 
