@@ -5,7 +5,8 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import pytest
-from generation.speculative.drafters import nearly, table_tree
+from generation.speculative.drafters import table_tree
+from generation.speculative.runs import Task, hosted, rows_of
 from tiny_models import model, spec
 
 from jaxinf.generation import Runner, SamplingParams
@@ -97,9 +98,14 @@ def test_windows_that_cannot_go_back(tree: bool) -> None:
     ],
 )
 def test_caches_that_take_chains_alone(made: dict, says: str) -> None:
-    batch = begin(Speculator(runner(), table_tree(runner().model, 0)), tokens=64, made=made)
+    net = runner().model
+    cache = net.init_cache(1, 64, max_append=4, **made)
+    mask = jnp.tri(3, dtype=bool)[None]
     with pytest.raises(UnsupportedError, match=says):
-        batch.advance(4)
+        jax.eval_shape(lambda: net.hidden(jnp.zeros((1, 3), jnp.int32), cache, tree=mask))
+    path = jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(UnsupportedError, match=says):
+        jax.eval_shape(lambda: cache.commit(path, jnp.ones((1,), jnp.int32)))
 
 
 def test_a_tree_wider_than_a_window_allows() -> None:
@@ -119,17 +125,26 @@ def test_ropes_that_follow_the_length() -> None:
         Speculator(Runner(net), PromptLookup())
 
 
-def test_experts_that_choose_among_rows() -> None:
+@cache
+def chosen() -> Speculator:
     ffn = MoESpec(4, 8, ExpertChoice(among="step"), shared=FFNSpec(8))
     layer = LayerSpec(AttentionSpec(4, 2, 8, rope=RopeSpec(8)), ffn)
-    net = model(ModelSpec(64, 32, (Segment((layer,), 1),), 512))
-    speculator = Speculator(Runner(net), PromptLookup())
+    return Speculator(Runner(model(ModelSpec(64, 32, (Segment((layer,), 1),), 512))), PromptLookup())
+
+
+def test_experts_that_choose_among_rows() -> None:
     with pytest.raises(UnsupportedError, match=r"choose among the rows of a step, and 2 rows .*: give one row"):
-        begin(speculator, 2)
-    assert begin(speculator, 1).written.counts.tolist() == [1]
+        begin(chosen(), 2)
+
+
+@pytest.mark.slow
+def test_experts_that_choose_for_one_row() -> None:
+    net = chosen().runner.model
+    rows, _ = hosted(chosen().runner, PromptLookup(), [[1, 2, 1, 2, 1]], [20], steps=64)
+    assert rows == rows_of(Task(net, [[1, 2, 1, 2, 1]], [20]).plain)
 
 
 def test_a_draft_model_is_of_its_own_kind() -> None:
     """Other layers, other widths, the same tokens: nothing else has to agree."""
-    small = model(spec(window=3, layers=2, repeats=2))
-    Speculator(runner(), DraftModel(nearly(small, 0)))
+    other = model(spec(window=3, layers=1))
+    assert Speculator(runner(), DraftModel(other)).spare == 0

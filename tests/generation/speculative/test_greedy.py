@@ -43,7 +43,7 @@ SETUPS: dict[str, tuple[str, dict]] = {
     "int4": ("dense", dict(kind="int4")),
 }
 CHAINS = ("draft model", "prompt lookup", "layers left out", "look-ahead tokens", "eagle", "drawn chain")
-QUICK = {("window", "draft model"), ("window, int8", "given tree"), ("sinks", "drawn chain")}
+QUICK = {("window", "draft model"), ("window, int8", "given tree")}
 CASES = [
     pytest.param(setup, name, marks=() if (setup, name) in QUICK else pytest.mark.slow)
     for setup, name in itertools.product(SETUPS, DRAFTERS)
