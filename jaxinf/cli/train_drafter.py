@@ -48,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     heads.add_argument("--heads", type=count, default=4, metavar="N", help="of medusa, tokens of pass (default: 4)")
     heads.add_argument("--modules", type=count, default=2, metavar="N", help="of mtp (default: 2)")
     heads.add_argument("--blocks", type=count, default=1, metavar="N", help="of a head or module (default: 1)")
-    heads.add_argument("--width", type=count, metavar="N", help="of feed-forward parts (default: 3 x the target's)")
+    heads.add_argument(
+        "--width", type=count, metavar="N", help="of blocks (default: 3 x the target's; medusa: one matrix)"
+    )
     heads.add_argument("--batch", type=count, default=4, metavar="N", help="rows of text a step (default: 4)")
     heads.add_argument("--context", type=count, default=1024, metavar="N", help="tokens of a row (default: 1024)")
     heads.add_argument(

@@ -34,7 +34,7 @@ class HeadRecipe:
     """How heads are made.
 
     heads: of Medusa; look-ahead tokens of PaSS. modules: of multi-token prediction. blocks: of a head or a module.
-    width: hidden channels of a block's feed-forward part; None: three times the features'.
+    width: hidden channels of a block; None: three times the features', and none of Medusa's (one matrix a block).
     steps, batch, context: updates in all, rows of text in each, tokens of a row.
     unroll: steps of a draft that eagle and mtp learn, once they have learned the first for a third of the run.
     continuations: rows that the target writes itself, `own` tokens behind `prompt` of the text, for half of the
@@ -76,7 +76,7 @@ class HeadRecipe:
           InputError: there is no such kind, or a size is below 1.
         """
         if self.kind == "medusa":
-            return MedusaTask(MedusaSpec(target.d_model, self.heads, self.blocks))
+            return MedusaTask(MedusaSpec(target.d_model, self.heads, self.blocks, self.width))
         if self.kind == "pass":
             return PassTask(AheadSpec(target.d_model, self.heads))
         if self.kind not in ("eagle", "mtp"):

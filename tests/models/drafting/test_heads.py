@@ -94,15 +94,19 @@ def test_a_column_sees_what_came_before_and_its_own_token(target, text):
         assert np.abs(np.asarray(after - before))[:, 4:].max(-1).min() > 1e-4
 
 
-def test_medusa_is_its_formula(text):
-    heads = MedusaHeads(MedusaSpec(32, heads=3, blocks=2), rngs=nnx.Rngs(1))
+@pytest.mark.parametrize("width", [None, 48])
+def test_medusa_is_its_formula(text, width):
+    heads = MedusaHeads(MedusaSpec(32, heads=3, blocks=2, width=width), rngs=nnx.Rngs(1))
     got = heads(text[0])
     assert got.shape == (3, 2, 7, 32)
+    assert heads.dtype == jnp.float32
     for i, blocks in enumerate(heads.heads):
         x = np.asarray(text[0], np.float64)
         for block in blocks:
-            y = x @ np.asarray(block.kernel[...], np.float64) + np.asarray(block.bias[...], np.float64)
-            x = x + y / (1 + np.exp(-y))
+            first = block if width is None else block.up
+            y = x @ np.asarray(first.kernel[...], np.float64) + np.asarray(first.bias[...], np.float64)
+            y = y / (1 + np.exp(-y))
+            x = x + (y if width is None else y @ np.asarray(block.down.kernel[...], np.float64))
         np.testing.assert_allclose(got[i], x, atol=1e-4, rtol=1e-4)
 
 
