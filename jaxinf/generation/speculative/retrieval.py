@@ -43,9 +43,9 @@ class Retrieval(Drafter):
     vocab: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     tokens: int = dataclasses.field(default=8, metadata=dict(static=True))
     longest_draft: int = dataclasses.field(default=6, metadata=dict(static=True))
-    longest: int = dataclasses.field(default=8, metadata=dict(static=True))
+    longest: int = dataclasses.field(default=6, metadata=dict(static=True))
     shortest: int = dataclasses.field(default=1, metadata=dict(static=True))
-    samples: int = dataclasses.field(default=12, metadata=dict(static=True))
+    samples: int = dataclasses.field(default=8, metadata=dict(static=True))
     order: int = dataclasses.field(default=32, metadata=dict(static=True))
 
     @classmethod
@@ -82,10 +82,6 @@ class Retrieval(Drafter):
     @property
     def chain(self) -> bool:
         return self.tokens == 1
-
-    @property
-    def free(self) -> bool:
-        return True
 
     def check(self, target: CausalLM) -> None:
         check_nodes("draft_tokens", self.tokens)

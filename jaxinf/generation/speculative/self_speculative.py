@@ -18,7 +18,6 @@ from jaxinf.generation.speculative.drafter import Draft, Drafter, View, check_no
 from jaxinf.generation.speculative.writing import further, write_chain
 from jaxinf.models import CausalLM
 from pallas_kernels.errors import InputError, UnsupportedError
-from sharding.collectives import size
 
 
 @jax.tree_util.register_dataclass
@@ -72,8 +71,6 @@ class SelfSpeculative(Drafter):
                     f'skips={skips!r} parts the layers {unit}, which a target of layout="stacked" runs together: '
                     'leave out all of them or none, or take layout="list"'
                 )
-        if size("pipeline") > 1:
-            raise UnsupportedError("layers cannot be skipped where pipeline cuts their stack: use pipeline=1")
 
     def init(self, target: CausalLM, batch: int, tokens: int) -> tuple[()]:
         return ()
