@@ -21,7 +21,7 @@ class PassTask(Task):
     The paper (section 3.2) has the text's own next tokens in place of that distribution.
 
     A draft's step 0 is what the target says after the latest token, and true; step i comes of look-ahead token i.
-    What a report calls tokens a pass are tokens a verification: each has a pass of the target that drafts before it.
+    What a report calls tokens a pass are tokens a verification; the passes that draft are as many again.
     """
 
     spec: AheadSpec
