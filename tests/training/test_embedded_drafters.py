@@ -21,7 +21,7 @@ KINDS = ("medusa", "eagle")
 
 def test_folders():
     assert {f"stdlib-{kind}" for kind in KINDS} <= {path.name for path in EMBEDDED.iterdir()}
-    assert embedded() == ["stdlib", "stdlib-draft"]
+    assert embedded() == ["stdlib", "stdlib-draft", "stdlib-draft-aligned"]
     files = [f for kind in KINDS for f in (EMBEDDED / f"stdlib-{kind}").iterdir()]
     assert sum(f.stat().st_size for f in files) <= 4e6
     target = checkpoint.load(EMBEDDED / "stdlib").model
