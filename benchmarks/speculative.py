@@ -91,6 +91,9 @@ def skipping(target: jaxinf.LM) -> Any:
     texts = (target.tokenizer.encode(data.decode()) for data in training_files()[:64])
     rows = [ids[:256] for ids in texts if len(ids) >= 256][:8]
     found = speculative.find_skips(target.model, rows)
+    if not found.layers:
+        note("no set of layers is worth leaving out; the default one is taken")
+        return speculative.SelfSpeculative.of(target.model)
     return speculative.SelfSpeculative(found.layers, tokens=found.tokens)
 
 
