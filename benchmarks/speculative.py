@@ -66,7 +66,7 @@ def draft_model(name: str, tokens: int) -> Callable[[jaxinf.LM], Any]:
 
 def draft_tree(target: jaxinf.LM) -> Any:
     small = jaxinf.LM.from_pretrained(DATA / "bfloat16" / "stdlib-draft", dtype=str(target.model.dtype))
-    return speculative.DraftTree(small.model, branches=(4, 2, 1), limit=small.context)
+    return speculative.DraftTree(small.model, branches=(3, 1, 1, 1), limit=small.context)
 
 
 def big_little(target: jaxinf.LM) -> Any:
