@@ -47,12 +47,11 @@ LOOP = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A drafter, given the target and the draft model; `tree`: of trees. `exact`: the output is the target's."""
+    """A drafter, given the target; `tree`: of trees."""
 
     label: str
     make: Callable[[jaxinf.LM], Any]
     tree: bool = False
-    exact: bool = True
 
 
 def draft_model(name: str, tokens: int) -> Callable[[jaxinf.LM], Any]:
@@ -118,7 +117,7 @@ ROWS = [
     Row("medusa chain", heads("medusa-chain")),
     Row("eagle", heads("eagle-tree"), tree=True),
     Row("eagle chain", heads("eagle")),
-    Row("BigLittle", big_little, exact=False),
+    Row("BigLittle", big_little),
 ]
 
 

@@ -17,7 +17,8 @@ class Drafting:
     written: tokens that they gave, those cut off behind a stop string included.
     offered: by how many places ahead (from 1), passes whose draft went so far and stood up to there; accepted: in
       which that token stood too.
-    drafter_share: part of the time that drafting took, by the costs measured beforehand; None: they were not.
+    drafter_share: part of the time that drafting took, by the costs measured beforehand; None: they do
+      not tell drafting from verifying.
     """
 
     passes: int
@@ -63,15 +64,16 @@ class Stats:
         return 1.0 if d is None or d.passes == 0 else d.written / d.passes
 
     @property
-    def drafter_seconds(self) -> float:
-        """Of the time after the first token, what the drafter took, as far as costs were measured."""
-        share = None if self.drafting is None else self.drafting.drafter_share
-        return (share or 0.0) * max(self.seconds - self.first_token_seconds, 0.0)
+    def drafter_seconds(self) -> float | None:
+        """Of the time after the first token, what the drafter took by its costs; None: not known."""
+        share = 0.0 if self.drafting is None else self.drafting.drafter_share
+        return None if share is None else share * max(self.seconds - self.first_token_seconds, 0.0)
 
     @property
-    def target_seconds(self) -> float:
-        """Of the time after the first token, what the target took."""
-        return max(self.seconds - self.first_token_seconds, 0.0) - self.drafter_seconds
+    def target_seconds(self) -> float | None:
+        """Of the time after the first token, what the target took; None: not known."""
+        drafter = self.drafter_seconds
+        return None if drafter is None else max(self.seconds - self.first_token_seconds, 0.0) - drafter
 
     @property
     def tokens_per_second(self) -> float:

@@ -166,6 +166,8 @@ def placed(drafter: Drafter, runner: Runner) -> Drafter:
 def costs_of(speculator: Speculator, new_cache: NewCache, rows: int = 1) -> Costs:
     """What passes take with this pair, in plain steps, for so many rows; measured once and kept in a file.
 
+    What a draft takes whatever its length cannot be told from its verification, and is counted there.
+
     One program runs all of it: what it takes for costs decides how much it drafts.
 
     Args:
@@ -186,7 +188,7 @@ def costs_of(speculator: Speculator, new_cache: NewCache, rows: int = 1) -> Cost
             beside.write_text(json.dumps(dict(verify=costs.verify, fixed=costs.fixed, token=costs.token)))
             beside.replace(path)
         except OSError:
-            pass
+            pass  # a cache that cannot be written is done without
     return costs
 
 

@@ -131,7 +131,7 @@ class Job:
         passes, plain = int(tally.passes[row]), int(tally.plain[row])
         offered, accepted = (tuple(int(n) for n in x[row]) for x in (tally.offered, tally.accepted))
         share = None
-        if costs is not None and passes:
+        if costs is not None and passes and batch.separable:
             drafting = (passes - plain) * float(costs.fixed) + float(costs.token) * sum(offered)
             share = drafting / (drafting + plain + (passes - plain) * float(costs.verify))
         return Drafting(passes, plain, len(self.emitted[row]) - 1, offered, accepted, share)

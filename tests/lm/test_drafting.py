@@ -9,7 +9,7 @@ import pytest
 from tiny_models import model, spec
 
 from jaxinf import LM, CausalLM, InputError
-from jaxinf.generation.speculative import Costs, DraftModel, PromptLookup
+from jaxinf.generation.speculative import Costs, DraftModel, DraftTree, PromptLookup
 from jaxinf.lm import drafting
 
 PROMPTS = [[5, 9, 5, 9, 5], [3, 4, 7, 3, 4]]
@@ -141,3 +141,15 @@ def test_another_tokenizer_is_refused(lm: LM, monkeypatch: pytest.MonkeyPatch) -
     drafting._same_tokens(Bytes(0), Bytes(0))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"another tokenizer"):
         drafting._same_tokens(Bytes(0), Bytes(1))  # type: ignore[arg-type]
+
+
+def test_time_is_split_only_where_costs_tell(lm: LM, small: LM, looking: LM) -> None:
+    copied = looking.generate(PROMPTS[0], 9).stats
+    assert copied.drafter_seconds == 0
+    written = lm.with_drafter(small, 2, costs=Costs(0.5, 0.0, 0.1)).generate(PROMPTS[0], 9).stats
+    assert written.drafter_seconds is not None
+    assert written.target_seconds is not None
+    assert 0 < written.drafter_seconds < written.target_seconds
+    tree = DraftTree(small.model, branches=(2,))
+    together = lm.with_drafter(tree, costs=Costs(0.5)).generate(PROMPTS[0], 9).stats
+    assert (together.drafter_seconds, together.target_seconds) == (None, None)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -279,9 +278,3 @@ def with_token(seen: jax.Array | None, tokens: jax.Array) -> jax.Array | None:
         return None
     own = split_axis.own_entries(tokens, seen.shape[1])
     return seen.at[jnp.arange(tokens.shape[0]), own].set(True, mode="drop")
-
-
-def options_of(drafter: Drafter) -> dict[str, Any]:
-    """The static settings of a drafter, by name."""
-    fields: Sequence[dataclasses.Field] = dataclasses.fields(drafter)  # type: ignore[arg-type]
-    return {f.name: getattr(drafter, f.name) for f in fields if f.metadata.get("static")}

@@ -77,11 +77,11 @@ class Speculation:
         return self.rows.cache
 
 
-def begin(rows: State, drafter: Drafter, state: Any, history: jax.Array) -> Speculation:
-    """After the first token of each row, which `history` does not have yet."""
+def begin(rows: State, depth: int, state: Any, history: jax.Array) -> Speculation:
+    """After the first token of each row, which `history` does not have yet. depth, state: of the drafter."""
     batch = rows.tokens.shape[0]
     history = _appended(history, rows.cache.lengths, rows.tokens[:, None], jnp.ones_like(rows.tokens))
-    return Speculation(rows, state, history, Policy.new(batch, drafter.depth), Tally.zeros(batch, drafter.depth))
+    return Speculation(rows, state, history, Policy.new(batch, depth), Tally.zeros(batch, depth))
 
 
 def read_piece(

@@ -90,7 +90,7 @@ class Speculator:
         @functools.partial(jax.jit, donate_argnames=("rows", "state", "history"))
         def begin(rows, state, history):
             def run(rows, state, history):
-                return loop.begin(rows, drafter, state, history)
+                return loop.begin(rows, drafter.depth, state, history)
 
             seen = rows.seen is not None
             takes = (runner.state_split(seen), OWN, ROWS)
@@ -195,9 +195,10 @@ class Speculator:
         return self._decode([runner.weights, self._weights], state, *given, width=WIDTH, **fixed)
 
     def _state_split(self, seen: bool) -> Any:
-        policy = Policy(ROWS, ROWS, ROWS, SAME, SAME, self.drafter.depth)  # type: ignore[arg-type]
-        tally = Tally(ROWS, ROWS, ROWS, ROWS)  # type: ignore[arg-type]
-        return Speculation(self.runner.state_split(seen), OWN, ROWS, policy, tally)  # type: ignore[arg-type]
+        rows: Any = ROWS
+        same: Any = SAME
+        policy = Policy(rows, rows, rows, same, same, self.drafter.depth)
+        return Speculation(self.runner.state_split(seen), OWN, rows, policy, Tally(rows, rows, rows, rows))
 
 
 class SpeculativeBatch:
@@ -212,6 +213,13 @@ class SpeculativeBatch:
         self.tally: Tally = jax.tree.map(
             lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), jax.eval_shape(lambda: state.tally)
         )
+
+    @property
+    def separable(self) -> bool:
+        """Whether the costs tell drafting from verifying: what a draft takes whatever its length is counted with
+        the verification."""
+        drafter = self._speculator.drafter
+        return drafter.free or drafter.steps
 
     @property
     def state(self) -> State | None:

@@ -144,7 +144,7 @@ def loop_program(drafter, layers: int, batch: int = 4, slots: int = 4096):
     def start(net, cache):
         rows = jnp.zeros((batch,), jnp.int32)
         state = State(cache, rows, rows, rows + 99, rows > 0, rows.astype(jnp.uint32), None, shape.vocab)
-        return begin(state, drafter, drafter.init(net, batch, slots), jnp.zeros((batch, slots), jnp.int32))
+        return begin(state, drafter.depth, drafter.init(net, batch, slots), jnp.zeros((batch, slots), jnp.int32))
 
     def run(net, drafter, state, steps, costs):
         eos = jnp.full((1,), -1, jnp.int32)
