@@ -141,8 +141,8 @@ def static_steps(scheme: str) -> dict[str, float]:
     case = plans.Case("llama-3.1-8b", presets.preset("llama-3.1-8b"), batch=1, context=1024, prompt=512)
     found = {}
     for chip in STATIC_CHIPS:
-        made = plans.plan(dataclasses.replace(case, quantize=quantize), chip, mesh={"tensor": 1})
-        found[chip] = made.decode.seconds
+        made = plans.plan(dataclasses.replace(case, quantize=quantize), chip, mesh="tensor=1")
+        found[chip] = made.decode.step_seconds
     return found
 
 
