@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxinf.models import CausalLM, ModelSpec
 from jaxinf.quant import QTensor
+from jaxinf.training import pace
 from jaxinf.training.data import Batches
 from jaxinf.training.optimizer import OptimizerSpec, make_optimizer, rate_factor, scaled_update
 from jaxinf.training.rounding import Rounding, start_qat
@@ -174,8 +175,7 @@ class Trainer:
 
     def progress(self, minutes: float | None = None) -> float:
         """Part of the run that is done: of the steps or, where further, of the time allowed."""
-        done = self.step / self.train.steps
-        return min(1.0, done if minutes is None else max(done, self.seconds / 60 / minutes))
+        return pace.part_done(self, self.train.steps, minutes)
 
     def run(
         self,
@@ -190,40 +190,31 @@ class Trainer:
         With `minutes` the schedule follows the clock where that is ahead of the steps: the rate still falls to
         0, but the run is then not reproducible bit by bit. Ctrl-C saves a checkpoint and raises again.
         """
-        last_save = time.monotonic()
-        start = time.monotonic() - self.seconds
-        try:
-            while self.progress(minutes) < 1.0 and (until is None or self.step < until):
-                progress = self.progress(minutes)
-                rows = pieces(self.batches[self.step], self.train.length(progress))
-                factor = jnp.float32(rate_factor(self.train.optimizer, progress))
-                self.params, self.opt_state, (loss, balance) = _update(
-                    self.network,
-                    self.train.optimizer,
-                    self.train.balance,
-                    self.params,
-                    self.opt_state,
-                    rows,
-                    factor,
-                )
-                loss, balance = float(loss), float(balance)
-                self.step += 1
-                self.seconds = time.monotonic() - start
-                if not np.isfinite(loss):
-                    raise InputError(f"the loss is {loss} at step {self.step}: lower the learning rates")
-                record = StepRecord(
-                    self.step, progress, loss, balance, self.seconds, self.train.batch * self.train.context
-                )
-                self.records.append(record)
-                if on_step is not None:
-                    on_step(record)
-                if self._snapshots.kept and time.monotonic() - last_save > checkpoint_minutes * 60:
-                    self.save()
-                    last_save = time.monotonic()
-        except KeyboardInterrupt:
-            self.save()
-            raise
-        self.save()
+
+        def update(progress: float, start: float) -> None:
+            rows = pieces(self.batches[self.step], self.train.length(progress))
+            factor = jnp.float32(rate_factor(self.train.optimizer, progress))
+            self.params, self.opt_state, (loss, balance) = _update(
+                self.network,
+                self.train.optimizer,
+                self.train.balance,
+                self.params,
+                self.opt_state,
+                rows,
+                factor,
+            )
+            loss, balance = float(loss), float(balance)
+            self.step += 1
+            self.seconds = time.monotonic() - start
+            if not np.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {self.step}: lower the learning rates")
+            tokens = self.train.batch * self.train.context
+            record = StepRecord(self.step, progress, loss, balance, self.seconds, tokens)
+            self.records.append(record)
+            if on_step is not None:
+                on_step(record)
+
+        pace.run(self, update, minutes=minutes, until=until, checkpoint_minutes=checkpoint_minutes)
 
     def save(self) -> None:
         """Checkpoint the parameters, the optimiser's state, the step (so the place in the data) and the log."""

@@ -24,11 +24,6 @@ class Snapshots:
             options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
             self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
-    @property
-    def kept(self) -> bool:
-        """Whether `save` keeps anything."""
-        return self._manager is not None
-
     def save(self, step: int, params: Params, opt_state: Any, log: dict[str, Any]) -> None:
         """Keep the state after `step`, unless it is kept already. log: what JSON can hold."""
         if self._manager is None or step in self._manager.all_steps():

@@ -6,23 +6,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from cli.tiny import TOKENIZER, tiny_spec
 from flax import nnx
 
 from jaxinf.checkpoint import save
 from jaxinf.cli import main
-from jaxinf.layers import AttentionSpec, FFNSpec, LayerSpec, RopeSpec
-from jaxinf.models import CausalLM, ModelSpec, fold
-
-TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizers" / "byte_level"
-VOCAB, CONTEXT = 384, 64
-
-
-def tiny_spec() -> ModelSpec:
-    """A sliding layer of 8 tokens and a full one."""
-    layers = [
-        LayerSpec(AttentionSpec(2, 1, 8, rope=RopeSpec(8), window=window), FFNSpec(24)) for window in (8, None)
-    ]
-    return ModelSpec(VOCAB, 16, fold(layers), CONTEXT)
+from jaxinf.models import CausalLM
 
 
 @pytest.fixture(scope="session")

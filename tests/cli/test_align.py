@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import pytest
+from cli.tiny import TOKENIZER, tiny_spec
 from flax import nnx
 
 from jaxinf import LM
@@ -12,8 +13,6 @@ from jaxinf.checkpoint import load, save
 from jaxinf.cli import align
 from jaxinf.lm.locate import EMBEDDED
 from jaxinf.models import CausalLM
-
-from .conftest import TOKENIZER, tiny_spec
 
 COMMAND = ("--align", "--steps", 3)
 

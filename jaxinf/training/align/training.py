@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxinf.models import CausalLM, dequantize
 from jaxinf.models.drafting.fingerprint import fingerprint
+from jaxinf.training import pace
 from jaxinf.training.align.losses import Loss, acceptance, compare, divergence
 from jaxinf.training.data import Batches
 from jaxinf.training.drafters.continuations import continuations
@@ -125,8 +126,7 @@ class Aligner:
 
     def progress(self, minutes: float | None = None) -> float:
         """Part of the run that is done: of the steps or, where further, of the time allowed."""
-        done = self.step / self.spec.steps
-        return min(1.0, done if minutes is None else max(done, self.seconds / 60 / minutes))
+        return pace.part_done(self, self.spec.steps, minutes)
 
     def rows(self) -> tuple[np.ndarray, str]:
         """`(int32 [batch, context], whose text)` of this step."""
@@ -153,20 +153,13 @@ class Aligner:
         on_step: Callable[[AlignRecord], None] | None = None,
     ) -> None:
         """Train to the end, or to step `until`; `minutes` and Ctrl-C as for `jaxinf.training.loop.Trainer.run`."""
-        last_save = time.monotonic()
-        start = time.monotonic() - self.seconds
-        try:
-            while self.progress(minutes) < 1.0 and (until is None or self.step < until):
-                self._update(self.progress(minutes), start)
-                if on_step is not None:
-                    on_step(self.records[-1])
-                if time.monotonic() - last_save > checkpoint_minutes * 60:
-                    self.save()
-                    last_save = time.monotonic()
-        except KeyboardInterrupt:
-            self.save()
-            raise
-        self.save()
+
+        def update(progress: float, start: float) -> None:
+            self._update(progress, start)
+            if on_step is not None:
+                on_step(self.records[-1])
+
+        pace.run(self, update, minutes=minutes, until=until, checkpoint_minutes=checkpoint_minutes)
 
     def _update(self, progress: float, start: float) -> None:
         rows, text = self.rows()

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinf.models import CausalLM
 from jaxinf.models.drafting import fingerprint
+from jaxinf.training import pace
 from jaxinf.training.drafters.rows import Rows
 from jaxinf.training.drafters.tasks import Task
 from jaxinf.training.optimizer import OptimizerSpec, make_optimizer, rate_factor, scaled_update
@@ -84,8 +85,7 @@ class HeadTrainer:
 
     def progress(self, minutes: float | None = None) -> float:
         """Part of the run that is done: of the steps or, where further, of the time allowed."""
-        done = self.step / self.train.steps
-        return min(1.0, done if minutes is None else max(done, self.seconds / 60 / minutes))
+        return pace.part_done(self, self.train.steps, minutes)
 
     def run(
         self,
@@ -98,44 +98,41 @@ class HeadTrainer:
     ) -> None:
         """Train to the end, or to step `until`; as `jaxinf.training.loop.Trainer.run`. on_save: called whenever
         `checkpoint_minutes` have passed."""
-        last_save = time.monotonic()
-        start = time.monotonic() - self.seconds
-        try:
-            while self.progress(minutes) < 1.0 and (until is None or self.step < until):
-                progress = self.progress(minutes)
-                phase = self.train.phase(progress)
-                rows = self.rows.get(self.step, phase.length)
-                factor = jnp.float32(rate_factor(self.train.optimizer, progress))
-                self.params, self.opt_state, loss, figures = _update(
-                    self.task,
-                    self.train.optimizer,
-                    phase.steps,
-                    self.target,
-                    self.params,
-                    self.opt_state,
-                    rows,
-                    factor,
-                )
-                loss = float(loss)
-                self.step += 1
-                self.seconds = time.monotonic() - start
-                if not np.isfinite(loss):
-                    raise InputError(f"the loss is {loss} at step {self.step}: lower the learning rates")
-                seen = {name: float(value) for name, value in figures.items()}
-                tokens = rows.shape[0] * (rows.shape[1] - 1)
-                record = HeadRecord(self.step, progress, loss, seen, self.seconds, tokens)
-                self.records.append(record)
-                if on_step is not None:
-                    on_step(record)
-                if time.monotonic() - last_save > checkpoint_minutes * 60:
-                    self.save()
-                    if on_save is not None:
-                        on_save()
-                    last_save = time.monotonic()
-        except KeyboardInterrupt:
-            self.save()
-            raise
-        self.save()
+
+        def update(progress: float, start: float) -> None:
+            phase = self.train.phase(progress)
+            rows = self.rows.get(self.step, phase.length)
+            factor = jnp.float32(rate_factor(self.train.optimizer, progress))
+            self.params, self.opt_state, loss, figures = _update(
+                self.task,
+                self.train.optimizer,
+                phase.steps,
+                self.target,
+                self.params,
+                self.opt_state,
+                rows,
+                factor,
+            )
+            loss = float(loss)
+            self.step += 1
+            self.seconds = time.monotonic() - start
+            if not np.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {self.step}: lower the learning rates")
+            seen = {name: float(value) for name, value in figures.items()}
+            tokens = rows.shape[0] * (rows.shape[1] - 1)
+            record = HeadRecord(self.step, progress, loss, seen, self.seconds, tokens)
+            self.records.append(record)
+            if on_step is not None:
+                on_step(record)
+
+        pace.run(
+            self,
+            update,
+            minutes=minutes,
+            until=until,
+            checkpoint_minutes=checkpoint_minutes,
+            on_save=on_save,
+        )
 
     def save(self) -> None:
         """Checkpoint the parameters, the optimiser's state, the step (so the place in the data) and the log."""

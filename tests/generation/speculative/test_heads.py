@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 from flax import nnx
+from generation.speculative.runs import Task, rows_of
 
 from jaxinf.generation import SamplingParams
 from jaxinf.generation.sampling import Controls
@@ -26,8 +27,6 @@ from jaxinf.layers import AttentionSpec, FFNSpec, LayerSpec, RopeSpec
 from jaxinf.models.drafting import EagleHead, EagleSpec, MedusaHeads, MedusaSpec, fingerprint
 from jaxinf.training.drafters.tasks import EagleTask
 from pallas_kernels.errors import InputError
-
-from .runs import Task, rows_of
 
 LAYER = LayerSpec(AttentionSpec(2, 1, 16, rope=RopeSpec(16)), FFNSpec(32))
 RANKS = ((0.5, 0.3, 0.1), (0.4, 0.3, 0.1), (0.3, 0.2, 0.1))
