@@ -1,9 +1,10 @@
-"""Operands that may be stacked over layers, of which a call means one."""
+"""Operands that may be stacked over layers, of which a call means one, and which stay in HBM."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.errors import InputError
 from pallas_kernels.validate import check_range, integers
@@ -37,3 +38,12 @@ def of_layer(stacked: Any, layer: Any) -> Any:
 def of_stack(part: Any, stacked: Any, layer: Any) -> Any:
     """The gradient of a stack from that of one layer's part, which may be None."""
     return part if layer is None or part is None else jnp.zeros_like(stacked).at[layer].set(part)
+
+
+def in_hbm(array: jax.Array, interpret: bool) -> jax.Array:
+    """For an operand of a TPU kernel that reads or writes a part of it.
+
+    Else XLA, which takes it for read whole, copies one that fits into VMEM (128 MiB on a v6e) there and back
+    around each kernel: all layers, for every layer. An alias of it in the results lies where it does.
+    """
+    return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)

@@ -21,6 +21,7 @@ from pallas_kernels.flash_decode.blocks import LANES, Blocks, Problem
 from pallas_kernels.flash_decode.stream import Source, Spans, Stream
 from pallas_kernels.masks import Rules
 from pallas_kernels.merge import merge_partials
+from pallas_kernels.stacks import in_hbm
 from pallas_kernels.stored import BFLOAT16_BITS
 
 LOG2E = math.log2(math.e)
@@ -127,7 +128,7 @@ def _stored(x: jax.Array, problem: Problem, interpret: bool) -> jax.Array:
         pad = [(0, 0)] * x.ndim
         pad[3] = (0, -x.shape[3] % problem.align)
         x = jnp.pad(x, pad, constant_values=0 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.nan)
-    return jnp.swapaxes(x, -1, -2) if x.ndim == 5 and problem.turned(x.shape[-1]) else x
+    return in_hbm(jnp.swapaxes(x, -1, -2) if x.ndim == 5 and problem.turned(x.shape[-1]) else x, interpret)
 
 
 def _tree(rules: Rules, share: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_append.reference import New
 from pallas_kernels.ragged_paged_attention.kernel import CACHES, TABLE_BYTES
 from pallas_kernels.ragged_paged_attention.pages import LANES
+from pallas_kernels.stacks import in_hbm
 
 DEPTH, LEAD = 8, 4  # units that are held, and that are read ahead; the others are being written
 ROW, UNIT, SLOTS = 0, 1, 8  # places in `ahead`; from SLOTS on, row and unit of each buffer
@@ -47,7 +48,7 @@ def pallas(arrays: New, *, interpret: bool) -> tuple[jax.Array, jax.Array | None
     groups, page, width = pages.shape[-3:]
     unit = unit_of(pages.dtype, page)
     scaled = page_scales is not None
-    inputs = [rows, pages]
+    inputs = [rows, in_hbm(pages, interpret)]
     scratch: dict[str, Any] = dict(
         ahead=pltpu.SMEM((SLOTS + 2 * DEPTH,), jnp.int32),
         rows=dict(
@@ -63,7 +64,7 @@ def pallas(arrays: New, *, interpret: bool) -> tuple[jax.Array, jax.Array | None
         lanes = page_scales.shape[-1]
         # A token's scales in every slot of their head, so that the token's own slot takes them without a shuffle.
         spread = jnp.repeat(arrays.scales.reshape(rows.shape[0], 1, -1), page, axis=-1)
-        inputs += [page_scales, spread]
+        inputs += [in_hbm(page_scales, interpret), spread]
         scratch["scales"] = dict(
             held=pltpu.VMEM((DEPTH, 1, 1, lanes), jnp.float32),
             own=pltpu.VMEM((DEPTH, page, 1, lanes), jnp.float32),

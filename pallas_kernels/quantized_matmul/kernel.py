@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import current
 from pallas_kernels.quantized_matmul.blocks import Blocks, Problem, columns_outside, vmem_bytes, widens
+from pallas_kernels.stacks import in_hbm
 from pallas_kernels.vmem import limit
 
 
@@ -32,10 +33,9 @@ def pallas(
     p, b = problem, blocks
     if layer is None:
         layer, w, scales = jnp.int32(0), w[None], None if scales is None else scales[None]
-    elif not interpret:
-        # Else XLA copies a stack that fits into VMEM there as a whole, before each layer of it is read.
-        w = pltpu.with_memory_space_constraint(w, pltpu.HBM)
-        scales = None if scales is None else pltpu.with_memory_space_constraint(scales, pltpu.HBM)
+    else:
+        w = in_hbm(w, interpret)
+        scales = None if scales is None else in_hbm(scales, interpret)
     steps_m, steps_n, steps_k = pl.cdiv(p.rows, b.m), pl.cdiv(p.columns, b.n), p.inner // b.k
     # The inner of the two outer loops is the one whose operand is read again.
     by_columns = columns_outside(p, b)

@@ -19,6 +19,7 @@ from pallas_kernels.ragged_paged_attention.blocks import Blocks, problem, refusa
 from pallas_kernels.ragged_paged_attention.pages import LANES
 from pallas_kernels.ragged_paged_attention.reference import Arrays
 from pallas_kernels.ragged_paged_attention.walk import Walk
+from pallas_kernels.stacks import in_hbm
 
 LOG2E = math.log2(math.e)
 # Page ids are read by the scalar core: they must lie in its memory, 1 MiB on every chip, beside the rest.
@@ -168,8 +169,8 @@ def pallas(
         arrays.page_table.reshape(-1),
         arrays.layer.reshape(1),
         arrays.q,
-        arrays.pages,
-        *([arrays.page_scales] if scaled else []),
+        in_hbm(arrays.pages, interpret),
+        *([in_hbm(arrays.page_scales, interpret)] if arrays.page_scales is not None else []),
         *vectors,
     )
     return results[0], results[1][..., 0] if return_lse else None

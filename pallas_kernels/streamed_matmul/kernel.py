@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import current
+from pallas_kernels.stacks import in_hbm
 from pallas_kernels.streamed_matmul.blocks import Blocks, Problem, vmem_bytes
 from pallas_kernels.vmem import limit
 
@@ -83,11 +84,6 @@ def fetch(weights, layer, after: jax.Array, tiles: Tiles, *, interpret: bool):
         name="fetch",
     )(layer, *(in_hbm(weights[i], interpret) for i in early), after)
     return tuple(made[:n]), tuple(made[n:-1]), made[-1]
-
-
-def in_hbm(array: jax.Array, interpret: bool) -> jax.Array:
-    """Else XLA copies a stack that fits into VMEM there as a whole, before each layer of it is read."""
-    return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
 def _fetch(layer, *refs, tiles: Tiles, wait: bool):
