@@ -9,11 +9,13 @@ it; the ratios are of processor time to that of a float32 dot of one row with a 
   library that repacks the weight at each call: x2.0 to x2.4; the native bfloat16 dot of that library, x1.3 to
   x1.6 (one row of bfloat16 is widened instead).
 - A plain sum of products goes to the same library's reduction: x1.0 to x1.4 from any dtype. A reduction with
-  two results does not: it becomes one loop that widens, multiplies and adds in registers and is split over
-  the threads. Inside, only a loop short enough to be unrolled leaves the next one to be vectorised. So the
+  two results or more does not: it becomes one loop that widens, multiplies and adds in registers and is split
+  over the threads. Inside, only a loop short enough to be unrolled leaves the next one to be vectorised. So the
   products are summed over short runs, with two independent sums at a time, and the partial sums (small, in
   cache) are added up by a dot with ones: x0.5 from int8 and x0.75 from bfloat16 when stored [K, N], x0.45 and
-  x0.6 when stored [N, K], where a run reads consecutive bytes. Two rows: x0.85 and x0.65; eight: x1.8.
+  x0.6 when stored [N, K], where a run reads consecutive bytes. Several rows are so many sums, which share the
+  widened weight: x0.7 with two rows of int8, x0.95 with three, x1.3 with five, x1.8 with eight, and from float32
+  x1.1 with two and x1.3 with three. Stored [N, K] more than two sums at a time gain nothing.
 - Whatever elementwise work produced the activations would be fused in and repeated for every weight; a
   reduction with two results is never fused into its users, so it also serves as the fence (`_settled`).
 - What is cut out of a larger array at a place that is data is fused into a loop that reads it once, and copied
@@ -69,8 +71,10 @@ def few_rows(x: jax.Array, stored: jax.Array, dtype: jnp.dtype, *, transposed: b
     if rows == 1 and can_halve((height, breadth), dtype, transposed):
         upper, lower = stored.reshape(2, height // 2, breadth)
         return one_row(x, (upper, lower), dtype, transposed=transposed)
+    if rows > 1 and not transposed:
+        return _rows_together(_settled(x), stored, widen)
     padded = _settled(jnp.pad(x, ((0, rows % 2), (0, 0))))
-    return _pairs_of_rows(padded, stored, widen, transposed)[:rows]
+    return (_pairs_of_rows if transposed else _rows_together)(padded, stored, widen)[:rows]
 
 
 def _settled(x: jax.Array) -> jax.Array:
@@ -86,10 +90,13 @@ def _settled(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.concatenate(halves), jnp.float32).reshape(x.shape)
 
 
-def _sums(first: jax.Array, second: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    zero = np.float32(0)
-    first, second = jax.lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (axis,))
-    return first, second
+def _sums(terms: Sequence[jax.Array], axis: int) -> tuple[jax.Array, ...]:
+    """The sum of each along an axis: two or more, in one loop."""
+
+    def add(totals, values):
+        return tuple(a + b for a, b in zip(totals, values, strict=True))
+
+    return tuple(jax.lax.reduce(tuple(terms), (np.float32(0),) * len(terms), add, (axis,)))
 
 
 def _over_ones(partial: jax.Array, *, leading: bool) -> jax.Array:
@@ -108,7 +115,7 @@ def _one_row(x: jax.Array, halves: Sequence[jax.Array], widen: Callable, dtype: 
     columns, blocks = halves[0].shape[1], x.shape[0] // (2 * run)
     first, second = (widen(halves[i].reshape(blocks, run, columns)) for i in (0, 1))
     x = x.reshape(2, blocks, run, 1)
-    upper, lower = _sums(x[0] * first, x[1] * second, 1)
+    upper, lower = _sums((x[0] * first, x[1] * second), 1)
     return (_over_ones(upper, leading=True) + _over_ones(lower, leading=True))[None]
 
 
@@ -118,23 +125,24 @@ def _one_row_transposed(x: jax.Array, halves: Sequence[jax.Array], widen: Callab
     run = next(r for r in range(_LONGEST_RUN, 0, -1) if inner % (8 * r) == 0)
     first, second = (widen(halves[i].reshape(rows, run, inner // run)) for i in (0, 1))
     x = x.reshape(1, run, inner // run)
-    upper, lower = _sums(x * first, x * second, 1)
+    upper, lower = _sums((x * first, x * second), 1)
     return jnp.concatenate([_over_ones(upper, leading=False), _over_ones(lower, leading=False)])[None]
 
 
-def _pairs_of_rows(x: jax.Array, stored: jax.Array, widen: Callable, transposed: bool) -> jax.Array:
-    # The two sums: the two rows of a pair, which share the widened weight.
-    pairs, inner = x.shape[0] // 2, x.shape[1]
-    if transposed:
-        columns, width = stored.shape[0], inner // _RUN
-        weight = widen(stored.reshape(columns, 1, _RUN, width))
-        x = x.reshape(pairs, 2, _RUN, width)
-        even, odd = _sums(x[None, :, 0] * weight, x[None, :, 1] * weight, 2)
-        flat = [_over_ones(p.reshape(-1, width), leading=False).reshape(columns, pairs) for p in (even, odd)]
-        return jnp.stack(flat, -1).reshape(columns, 2 * pairs).T
-    columns, blocks = stored.shape[1], inner // _RUN
-    weight = widen(stored.reshape(blocks, 1, _RUN, columns))
-    x = x.reshape(pairs, 2, blocks, _RUN, 1).transpose(1, 2, 0, 3, 4)
-    even, odd = _sums(x[0] * weight, x[1] * weight, 2)
-    flat = [_over_ones(p.reshape(blocks, -1), leading=True).reshape(pairs, columns) for p in (even, odd)]
-    return jnp.stack(flat, 1).reshape(2 * pairs, columns)
+def _rows_together(x: jax.Array, stored: jax.Array, widen: Callable) -> jax.Array:
+    # A sum for each row; all share the widened weight.
+    (rows, inner), columns = x.shape, stored.shape[1]
+    weight = widen(stored.reshape(inner // _RUN, _RUN, columns))
+    x = x.reshape(rows, inner // _RUN, _RUN, 1)
+    return jnp.stack([_over_ones(part, leading=True) for part in _sums([row * weight for row in x], 1)])
+
+
+def _pairs_of_rows(x: jax.Array, stored: jax.Array, widen: Callable) -> jax.Array:
+    # Of a weight [N, K]. The two sums: the two rows of a pair, which share the widened weight.
+    (rows, inner), columns = x.shape, stored.shape[0]
+    pairs, width = rows // 2, inner // _RUN
+    weight = widen(stored.reshape(columns, 1, _RUN, width))
+    x = x.reshape(pairs, 2, _RUN, width)
+    even, odd = _sums((x[None, :, 0] * weight, x[None, :, 1] * weight), 2)
+    flat = [_over_ones(p.reshape(-1, width), leading=False).reshape(columns, pairs) for p in (even, odd)]
+    return jnp.stack(flat, -1).reshape(columns, rows).T

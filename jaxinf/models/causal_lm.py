@@ -76,8 +76,8 @@ class Segment(nnx.Module):
             late = caches is not None and all(b.leaves_sums(x.shape[0] * x.shape[1]) for b in self.blocks)
 
             def body(carry, xs):
-                x, caches, loss = carry
-                layer, states = xs
+                x, caches, loss, turn = carry
+                layer, states = turn if kept is None else kept[turn], xs
                 if states is None:
                     states = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cut)
                 after = []
@@ -91,12 +91,12 @@ class Segment(nnx.Module):
                         x, cache, extra = block(x, step, cache, layer=at, segment_ids=segment_ids)
                     after.append(cache)
                     loss = loss + extra
-                return (x, tuple(after) if caches is not None else None, loss), None
+                return (x, tuple(after) if caches is not None else None, loss, turn + 1), None
 
-            layers, cut = jnp.arange(repeats, dtype=jnp.int32), [state for _, _, state in split]
-            start = (Unsummed.of(x) if late else x, caches, jnp.zeros((), jnp.float32))
-            given = (layers, cut) if kept is None else (jnp.asarray(kept, jnp.int32), None)
-            (x, caches, loss), _ = jax.lax.scan(body, start, given)
+            cut = [state for _, _, state in split]
+            start = (Unsummed.of(x) if late else x, caches, jnp.zeros((), jnp.float32), jnp.int32(0))
+            given, turns = (cut, repeats) if kept is None else (None, len(kept))
+            (x, caches, loss, _), _ = jax.lax.scan(body, start, given, length=turns)
             return x.settle()[0] if isinstance(x, Unsummed) else x, caches, loss
 
         if repeats == self.spec.repeats:
@@ -104,8 +104,8 @@ class Segment(nnx.Module):
         parts = micro_batches(x.shape[0], self.spec)
         return through_stages(run, x, step, caches, segment_ids, layers=repeats, parts=parts)
 
-    def _kept(self, skip: frozenset[int], *, whole: bool) -> list[int]:
-        """The repeats that are left, of a stack that stages have not cut unless `whole` is False."""
+    def _kept(self, skip: frozenset[int], *, whole: bool) -> jax.Array:
+        """The repeats that are left, int32 `[n]`, of a stack that stages have not cut unless `whole` is False."""
         if not whole:
             raise UnsupportedError(
                 "layers cannot be skipped where a mesh's pipeline cuts their stack: use pipeline=1"
@@ -117,7 +117,7 @@ class Segment(nnx.Module):
                 f'a model of layout="stacked" skips whole periods of {period} layers, which layers '
                 f'{sorted(skip)} of a segment are not: skip those of whole periods, or take layout="list"'
             )
-        return [i for i, row in enumerate(rows) if not row <= skip]
+        return jnp.array([i for i, row in enumerate(rows) if not row <= skip], jnp.int32)
 
 
 class CausalLM(nnx.Module):

@@ -65,4 +65,18 @@ def _append(
             cache = write(cache, b, starts[b] - slots)
         return cache
 
-    return from_bits(jax.lax.fori_loop(0, batch, write_row, cache), dtype)
+    return from_bits(jax.lax.fori_loop(0, _rows(starts), write_row, cache), dtype)
+
+
+def _rows(starts: jax.Array) -> jax.Array:
+    """int32 scalar, the rows.
+
+    On a CPU that is not said while compiling: of a loop that runs once for certain XLA makes none, fuses the update
+    into whatever reads the cache, and writes the whole cache again for each of these.
+    """
+    batch = starts.shape[0]
+
+    def untold(starts: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier((jnp.int32(batch), starts))[0]
+
+    return jax.lax.platform_dependent(starts, cpu=untold, default=lambda starts: jnp.int32(batch))

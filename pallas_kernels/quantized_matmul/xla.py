@@ -182,9 +182,11 @@ def _on_cpu(x, w, *, transpose):
     rows, inner = x.shape
     # There is no native dot of float16 or of int8 here.
     native = x.dtype == w.dtype and x.dtype not in (jnp.float16, jnp.int8)
-    few = 2 if native else _FEW_ROWS
-    narrow = w.dtype != jnp.float32 and w.size > _SMALL
-    if narrow and rows <= few and cpu_products.can_fuse(inner, transpose):
+    if w.dtype == jnp.float32:
+        few = range(2, 2 if transpose else 4)
+    else:
+        few = range(1, 3 if native else _FEW_ROWS + 1)
+    if rows in few and w.size > _SMALL and cpu_products.can_fuse(inner, transpose):
         stored = to_bits(w)
         return cpu_products.few_rows(x.astype(jnp.float32), stored, w.dtype, transposed=transpose)
     if native and rows == 1 and x.dtype == jnp.bfloat16:

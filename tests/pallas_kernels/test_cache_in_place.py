@@ -1,6 +1,7 @@
 """Appending and attending in a jitted generation loop: the cache is written in place, and the answer is right."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,44 @@ def test_no_cache_is_copied(dtype, ring, scanned):
     ).compile()
     size = 2 * cache.size * stored.itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("ring", [False, True], ids=["dense", "ring"])
+def test_one_row_in_one_block_is_not_copied_either(tokens: int, dtype: str, ring: bool) -> None:
+    """Layers apart, each read in one block: no loop keeps the update out of what reads the cache."""
+    layers, slots, width = 3, 256, HEADS * 64
+    stored = storage_dtype(dtype, "cpu")
+    cache = jax.ShapeDtypeStruct((1, 1, KV_HEADS, slots, 64), stored)
+    x = jax.ShapeDtypeStruct((1, tokens, width), jnp.float32)
+    rule = dict(ring=ring, window=slots - tokens if ring else None)
+
+    def run(x, weights, caches, starts, steps):
+        def body(state):
+            n, x, caches, starts = state
+            after = []
+            for weight, pair in zip(weights, caches, strict=True):
+                x, pair = layer(x, weight, pair, 0, starts, **rule)
+                after.append(pair)
+            return n + 1, x, after, starts + tokens
+
+        return jax.lax.while_loop(lambda state: state[0] < steps, body, (0, x, caches, starts))[1:3]
+
+    compiled = (
+        jax.jit(run, donate_argnums=2)
+        .lower(
+            x,
+            [jax.ShapeDtypeStruct((width, width), jnp.float32)] * layers,
+            [(cache, cache)] * layers,
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        # Not at the level that the other tests compile with, where XLA does not try to write in place.
+        .compile(compiler_options={"xla_backend_optimization_level": 2})
+    )
+    copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    assert not [shape for shape in copies if np.prod([int(n) for n in shape.split(",")]) >= cache.size]
 
 
 @pytest.mark.parametrize(
