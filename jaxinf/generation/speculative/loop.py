@@ -160,16 +160,16 @@ def decode(
             state, written = both
             return speculative_pass(model, helper, state, written, length, costs, drafted=drafted, **options)
 
-        def plainly(both):
+        def plainly(both, drafted):
             state, written = both
-            return plain_pass(model, helper, state, written, **options)
+            return plain_pass(model, helper, state, written, drafted=drafted, **options)
 
         both = (state, written)
         if costs is None:
             both = speculate(both, jnp.int32(drafter.depth))
         else:
             active = ~state.rows.finished
-            length = state.policy.length(costs, active, steps=drafter.steps)
+            length = state.policy.length(costs, active, chain=drafter.chain, steps=drafter.steps)
             drafted = None
             if drafter.free:
                 view = view_of(state, length, controls, processors)
@@ -178,7 +178,7 @@ def decode(
                 length = jnp.where((pmax(some, *RULES["batch"]) > 0) | (costs.verify <= 0), length, 0)
             # Loops of one trip or none: a `cond` would copy the caches.
             both = _if(length > 0, lambda both: speculate(both, length, drafted), both)
-            both = _if(length == 0, plainly, both)
+            both = _if(length == 0, lambda both: plainly(both, drafted), both)
         state, written = both
         return state, written, done + 1, going(state, written)
 
@@ -252,8 +252,10 @@ def plain_pass(
     eos: jax.Array,
     controls: Controls,
     processors: tuple[Processor, ...],
+    drafted: Draft | None = None,
 ) -> tuple[Speculation, Written]:
-    """One token a row, as plain decoding has it."""
+    """One token a row, as plain decoding has it. drafted: what was not worth verifying, by which the policy learns
+    whether it would have stood."""
     rows = state.rows
     active = ~rows.finished
     starts = rows.cache.lengths
@@ -269,7 +271,11 @@ def plain_pass(
     )
     state, written = _emit(state, written, verified, logits, eos)
     tally = dataclasses.replace(state.tally, passes=state.tally.passes + counts, plain=state.tally.plain + counts)
-    state = dataclasses.replace(state, tally=tally, policy=state.policy.after_plain())
+    offered = stands = None
+    if drafted is not None and drafter.chain:
+        offered = active & (drafted.follows[:, 0] == 0)
+        stands = drafted.tokens[:, 0] == accepted.tokens[:, 0]
+    state = dataclasses.replace(state, tally=tally, policy=state.policy.after_plain(offered, stands))
     after = dataclasses.replace(verified, history=state.history)
     return dataclasses.replace(state, drafter=drafter.commit(target, state.drafter, after)), written
 
@@ -360,7 +366,7 @@ def _counted(
     )
     policy = state.policy
     if costs is not None:
-        policy = policy.after_draft(costs, stood, reach, active, steps=drafter.steps)
+        policy = policy.after_draft(costs, stood, reach, active, chain=drafter.chain, steps=drafter.steps)
     return tally, policy
 
 

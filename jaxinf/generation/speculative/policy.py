@@ -2,7 +2,7 @@
 
 With acceptance a of each drafted token and g of them in a row, a pass gives (1 - a^(g+1)) / (1 - a) tokens
 (Leviathan et al. 2023, arXiv:2211.17192, equation 1) and takes fixed + token g + verify, in units of a plain step.
-The g with the most tokens for the time is taken, or none where a plain step is as good.
+The g with the most tokens for the time is taken, or none where a plain step is about as good.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ _PRIOR = (0.7, 4.0)
 _PROBE = 24
 _LONGEST_WAIT = 768
 """Plain steps before drafting is tried again, at first and at most: it doubles each time that it does not pay."""
+_TRIES = 0.02
+"""Part of the time that such tries may take where nothing stands: dear ones wait longer."""
+_MARGIN = 1.1
+"""How much faster than plain steps drafts must promise to be: what they cost is known to a tenth or so."""
 
 
 @jax.tree_util.register_dataclass
@@ -74,33 +78,45 @@ class Policy:
         scalars = jnp.zeros((), jnp.int32), jnp.full((), _PROBE, jnp.int32)
         return cls(full(passes * a_pass), full(weight), full(passes), *scalars, depth)
 
-    def gains(self, costs: Costs, active: jax.Array, *, steps: bool) -> jax.Array:
+    def gains(self, costs: Costs, active: jax.Array, *, chain: bool, steps: bool) -> jax.Array:
         """float32 `[depth]`: how many times as fast as plain steps drafts of 1..depth tokens should be.
 
-        steps: static; drafts may be shorter than `depth`, else only the last entry is not 0."""
+        chain: static; whether drafts are chains, whose tokens stand at one rate; of trees it counts how many stood
+        in a pass. steps: static; drafts may be shorter than `depth`, else only the last entry is not 0.
+        """
+        if chain:
+            rate = jnp.minimum(self.stood / self.judged, 0.99)
+            tokens = jnp.cumsum(rate[:, None] ** jnp.arange(self.depth + 1), axis=1)[:, 1:]
+        else:
+            tokens = jnp.broadcast_to((1.0 + self.stood / self.passes)[:, None], (*self.stood.shape, self.depth))
         weight = active.astype(jnp.float32)
         rows = jnp.maximum(psum(jnp.sum(weight), *RULES["batch"]), 1.0)
-        if not steps:
-            each = 1.0 + self.stood / self.passes
-            mean = psum(jnp.sum(each * weight), *RULES["batch"]) / rows
-            gain = mean / costs.of(self.depth)
-            return jnp.zeros((self.depth,), jnp.float32).at[-1].set(gain)
-        rate = jnp.minimum(self.stood / self.judged, 0.99)
-        powers = jnp.cumsum(rate[:, None] ** jnp.arange(self.depth + 1), axis=1)[:, 1:]
-        mean = psum(jnp.sum(powers * weight[:, None], axis=0), *RULES["batch"]) / rows
-        return mean / costs.of(jnp.arange(1, self.depth + 1))
+        mean = psum(jnp.sum(tokens * weight[:, None], axis=0), *RULES["batch"]) / rows
+        lengths = jnp.arange(1, self.depth + 1)
+        return jnp.where(lengths >= (1 if steps else self.depth), mean / costs.of(lengths), 0.0)
 
-    def length(self, costs: Costs, active: jax.Array, *, steps: bool) -> jax.Array:
+    def length(self, costs: Costs, active: jax.Array, *, chain: bool, steps: bool) -> jax.Array:
         """int32 scalar: tokens to draft; 0: a plain step."""
-        gains = self.gains(costs, active, steps=steps)
+        gains = self.gains(costs, active, chain=chain, steps=steps)
         best = jnp.argmax(gains).astype(jnp.int32) + 1
-        return jnp.where((jnp.max(gains) > 1.0) | (self.idle >= self.wait), best, 0)
+        patience = jnp.maximum(self.wait, (costs.of(best) - 1.0) / _TRIES)
+        return jnp.where((jnp.max(gains) > _MARGIN) | (self.idle >= patience), best, 0)
 
-    def after_plain(self) -> Policy:
-        return dataclasses.replace(self, idle=self.idle + 1)
+    def after_plain(self, offered: jax.Array | None = None, stands: jax.Array | None = None) -> Policy:
+        """offered, stands: bool `[B]`, whether a chain was drafted that was not worth verifying, and whether the
+        plain step wrote its first token; where nothing was drafted, None."""
+        new = dataclasses.replace(self, idle=self.idle + 1)
+        if offered is None or stands is None:
+            return new
+        keep = jnp.where(offered, _MEMORY, 1.0)
+        return dataclasses.replace(
+            new,
+            stood=keep * self.stood + (offered & stands),
+            judged=keep * self.judged + offered,
+        )
 
     def after_draft(
-        self, costs: Costs, stood: jax.Array, reach: jax.Array, active: jax.Array, *, steps: bool
+        self, costs: Costs, stood: jax.Array, reach: jax.Array, active: jax.Array, *, chain: bool, steps: bool
     ) -> Policy:
         """After a pass in which `stood` int32 `[B]` of drafts that reached `reach` int32 `[B]` ahead stood."""
         seen = active & (reach > 0)
@@ -111,7 +127,7 @@ class Policy:
             judged=keep * self.judged + jnp.where(seen, jnp.minimum(stood + 1, reach), 0),
             passes=keep * self.passes + seen,
         )
-        pays = jnp.max(new.gains(costs, active, steps=steps)) > 1.0
+        pays = jnp.max(new.gains(costs, active, chain=chain, steps=steps)) > _MARGIN
         tried = self.idle > 0
         longer = jnp.minimum(2 * self.wait, _LONGEST_WAIT)
         wait = jnp.where(pays, _PROBE, jnp.where(tried, longer, self.wait))
