@@ -2,6 +2,7 @@
 
     python benchmarks/speculative.py [--json out.json] [--plot out.png]               (extra: bench; half an hour)
     python benchmarks/speculative.py --drafters ngram,stdlib-draft --prompts 8 --no-peer   (a quick look)
+    python benchmarks/speculative.py --widen 32768                                    (a target larger than caches)
 
 Each prompt is a piece of a held-out file; the embedded target (its float originals, in `--dtype`) continues it
 greedily and at temperature 1. By drafter:
@@ -12,8 +13,12 @@ greedily and at temperature 1. By drafter:
 Continuations that loop (distinct 4-grams below half of all) are left out and counted: any drafter predicts a loop.
 
 Rows of transformers: the same pair, exported to Hugging Face folders whose logits are compared first; its assisted
-and prompt-lookup generation beside its own plain generation. What bounds decoding of so small a model on a CPU is
-memory and the host's calls; a pass over few tokens costs little more than over one.
+and prompt-lookup generation beside its own plain generation.
+
+The embedded target is so small that it lies in a processor's caches: arithmetic and the number of operations bound
+its passes, and one over five tokens takes as long as three. With `--widen` its dense feed-forward layers get
+hidden channels that add nothing (`widening.py`): the same tokens, from weights that come from memory, which then
+bounds a pass, as it does for models that people use.
 """
 
 import argparse
@@ -35,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import numpy as np
 import speculative_peers
+import widening
 
 import jaxinf
 from jaxinf.generation import speculative
@@ -179,7 +185,13 @@ def times(lm: jaxinf.LM, prompts: list[list[int]], new: int, batch: int) -> floa
     return total
 
 
-def ours(args: argparse.Namespace, lm: jaxinf.LM, prompts: list[list[int]]) -> dict[str, Any]:
+def opened(args: argparse.Namespace, **options: Any) -> tuple[jaxinf.LM, jaxinf.LM]:
+    """The model that drafters were made for, and the one that they draft for, of the same function."""
+    lm = jaxinf.LM.from_pretrained(args.model, **options)
+    return lm, widening.widened(lm, args.widen) if args.widen else lm
+
+
+def ours(args: argparse.Namespace, source: jaxinf.LM, lm: jaxinf.LM, prompts: list[list[int]]) -> dict[str, Any]:
     rows = [row for row in ROWS if args.drafters is None or row.label in args.drafters]
     plain = [a.tokens for i in range(0, len(prompts), 8) for a in lm.generate(prompts[i : i + 8], args.new, eos=())]
     keep = [not loops(tokens) for tokens in plain]
@@ -189,7 +201,9 @@ def ours(args: argparse.Namespace, lm: jaxinf.LM, prompts: list[list[int]]) -> d
     found: list[dict[str, Any]] = []
     for row in rows:
         note(row.label)
-        drafter = row.make(lm)
+        drafter = row.make(source)
+        if lm is not source and hasattr(drafter, "target"):
+            drafter = dataclasses.replace(drafter, target=None)  # a fingerprint, of the other's weights
         full = lm.with_drafter(drafter, adaptive=False)
         greedy = counted(full, prompts, args.new, keep)
         warm = counted(full, prompts, args.new, [], temperature=1.0)
@@ -236,7 +250,7 @@ def peers(args: argparse.Namespace, lm: jaxinf.LM, prompts: list[list[int]]) -> 
     with tempfile.TemporaryDirectory() as scratch:
         note("exporting the pair for transformers")
         small = jaxinf.LM.from_pretrained(DATA / "bfloat16" / "stdlib-draft", dtype="float32", layout="list")
-        large = jaxinf.LM.from_pretrained(args.model, dtype="float32", layout="list")
+        _, large = opened(args, dtype="float32", layout="list")
         target = speculative_peers.export(large, Path(scratch) / "target")
         draft = speculative_peers.export(small, Path(scratch) / "draft")
         peer = speculative_peers.Peer(target, draft)
@@ -310,6 +324,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DATA / "bfloat16" / "stdlib"))
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--widen", type=int, metavar="WIDTH", help="hidden channels of its dense feed-forward layers"
+    )
     parser.add_argument("--drafters", type=lambda text: text.split(","), help="rows by label; default: all")
     parser.add_argument("--prompts", type=int, default=160)
     parser.add_argument("--prompt-tokens", type=int, default=192)
@@ -327,19 +344,25 @@ def main() -> None:
         raise SystemExit(f"unknown drafters: {', '.join(sorted(unknown))}; there are {', '.join(labels)}")
     warnings.filterwarnings("ignore", module="transformers|torch|speculative_peers")
 
-    lm = jaxinf.LM.from_pretrained(args.model, dtype=args.dtype)
+    source, lm = opened(args, dtype=args.dtype)
     prompts = prompts_of(lm, args.prompts, args.prompt_tokens)
-    found = ours(args, lm, prompts)
+    found = ours(args, source, lm, prompts)
     theirs = [] if args.no_peer or args.no_speed else peers(args, lm, prompts)
     where = jax.devices()[0].device_kind
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    size = widening.parameters(lm.model) / 1e6
     print(
-        f"{Path(args.model).name} in {args.dtype} on {where} ({cores} cores): {found['kept']} of "
-        f"{found['prompts']} greedy continuations of {args.new} tokens do not loop"
+        f"{Path(args.model).name} ({size:.1f} M parameters) in {args.dtype} on {where} ({cores} cores): "
+        f"{found['kept']} of {found['prompts']} greedy continuations of {args.new} tokens do not loop"
     )
     printed(found, theirs, args.batch)
     if args.json:
-        facts = {"model": Path(args.model).name, "dtype": args.dtype, "device": f"{where} ({cores} cores)"}
+        facts = {
+            "model": Path(args.model).name,
+            "parameters_m": round(size, 1),
+            "dtype": args.dtype,
+            "device": f"{where} ({cores} cores)",
+        }
         facts |= {"new": args.new, "prompt_tokens": args.prompt_tokens, "jax": jax.__version__}
         args.json.write_text(json.dumps({**facts, **found, "peers": theirs}, indent=1) + "\n")
     if args.plot:
