@@ -47,3 +47,12 @@ def in_hbm(array: jax.Array, interpret: bool) -> jax.Array:
     around each kernel: all layers, for every layer. An alias of it in the results lies where it does.
     """
     return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+def from_hbm(arrays: Any) -> Any:
+    """For results that are aliases of operands `in_hbm`.
+
+    One that is a result of the program too, and is read by nothing in it, would keep the mark of HBM, which the
+    program's argument does not have: libtpu 0.0.42.1 refuses that.
+    """
+    return jax.lax.optimization_barrier(arrays)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import chips, tuned
 from pallas_kernels.cache_append import blocks as block_sizes
 from pallas_kernels.cache_append.blocks import LANES, Blocks, Problem
-from pallas_kernels.stacks import in_hbm
+from pallas_kernels.stacks import from_hbm, in_hbm
 from pallas_kernels.stored import BFLOAT16_BITS, encode
 
 
@@ -73,7 +73,7 @@ def pallas(
         interpret=pltpu.InterpretParams(uninitialized_memory="nan") if interpret else False,
         name="cache_append",
     )(jnp.clip(layer, 0, layers - 1).reshape(1), starts, counts, *targets, *sources)
-    return tuple(part.unview(x, slots) for part, x in zip(parts, written, strict=True))
+    return tuple(part.unview(x, slots) for part, x in zip(parts, from_hbm(written), strict=True))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_append.reference import New
 from pallas_kernels.ragged_paged_attention.kernel import CACHES, TABLE_BYTES
 from pallas_kernels.ragged_paged_attention.pages import LANES
-from pallas_kernels.stacks import in_hbm
+from pallas_kernels.stacks import from_hbm, in_hbm
 
 DEPTH, LEAD = 8, 4  # units that are held, and that are read ahead; the others are being written
 ROW, UNIT, SLOTS = 0, 1, 8  # places in `ahead`; from SLOTS on, row and unit of each buffer
@@ -109,6 +109,7 @@ def pallas(arrays: New, *, interpret: bool) -> tuple[jax.Array, jax.Array | None
         jnp.clip(arrays.layer, 0, pages.shape[0] - 1).reshape(1),
         *inputs,
     )
+    results = from_hbm(results)
     return results[0], results[1] if scaled else None
 
 

@@ -72,3 +72,38 @@ def test_nothing_is_copied(chip, batch, heads, slots, dim, tokens, dtype, ring):
     layer = cache.size // LAYERS
     copies = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", compiled.executable.as_text())
     assert all(np.prod([int(n) for n in shape.split(",")]) < layer / 8 for shape in copies)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_cache_that_fits_vmem_stays_in_hbm(chip: str, dtype: str) -> None:
+    """32 MiB of all layers, which XLA would move to VMEM and back around every layer's append."""
+    cache = jax.ShapeDtypeStruct((LAYERS, 1, 8, 1024, 128), dtype)
+    stored = (cache, jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)) if dtype == "int8" else cache
+    compiled = lower(
+        lambda *args: generate(*args, False),
+        jax.ShapeDtypeStruct((1, SHARE * 8, 1, 128), jnp.bfloat16),
+        (stored, stored),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        chip=chip,
+        donate=(1,),
+    )
+    moves = [line for line in compiled.text.splitlines() if re.search(r"\b(copy|copy-start|slice-start)\(", line)]
+    moved = [
+        np.prod([int(n) for n in dims.split(",")]) for line in moves for dims in re.findall(r"\[([\d,]+)\]", line)
+    ]
+    assert max(moved, default=0) < cache.size // LAYERS
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_an_append_whose_result_nothing_reads(donated: bool) -> None:
+    cache = jax.ShapeDtypeStruct((2, 1, 8, 1024, 128), jnp.bfloat16)
+    new, starts = jax.ShapeDtypeStruct((1, 8, 1, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = lower(
+        lambda cache, new, starts: cache_append(cache, new, 0, starts),
+        *(cache, new, starts),
+        chip="v6e",
+        donate=(0,) if donated else (),
+    )
+    assert (compiled.memory.aliases > 0) == donated
