@@ -40,12 +40,15 @@ def of_stack(part: Any, stacked: Any, layer: Any) -> Any:
     return part if layer is None or part is None else jnp.zeros_like(stacked).at[layer].set(part)
 
 
-def in_hbm(array: jax.Array, interpret: bool) -> jax.Array:
+def in_hbm(array: jax.Array, interpret: bool, *, aliased: bool = False) -> jax.Array:
     """For an operand of a TPU kernel that reads or writes a part of it.
 
     Else XLA, which takes it for read whole, copies one that fits into VMEM (128 MiB on a v6e) there and back
-    around each kernel: all layers, for every layer. An alias of it in the results lies where it does.
+    around each kernel: all layers, for every layer. An alias of it in the results lies where it does; of such
+    aliases JAX before 0.10 makes a type that no other operation takes, so there it is left undone.
     """
+    if aliased and jax.__version_info__ < (0, 10):
+        return array
     return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 

@@ -44,7 +44,9 @@ def pallas(
     sizes = tuned.choose("cache_append", block_sizes, problem, chip, blocks)
     parts = [Part(problem, sizes, False)] + ([Part(problem, sizes, True)] if scales is not None else [])
     pairs = [(cache, encode(new, cache.dtype)), (scales, new_scales)][: len(parts)]
-    targets = [in_hbm(part.view(x, interpret), interpret) for part, (x, _) in zip(parts, pairs, strict=True)]
+    targets = [
+        in_hbm(part.view(x, interpret), interpret, aliased=True) for part, (x, _) in zip(parts, pairs, strict=True)
+    ]
     sources = [part.source(x) for part, (_, x) in zip(parts, pairs, strict=True)]
     cores = 2 if chip.megacore and batch % (2 * sizes.rows) == 0 else 1
     any_space = pl.BlockSpec(memory_space=pl.ANY)

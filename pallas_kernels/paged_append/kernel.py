@@ -48,7 +48,7 @@ def pallas(arrays: New, *, interpret: bool) -> tuple[jax.Array, jax.Array | None
     groups, page, width = pages.shape[-3:]
     unit = unit_of(pages.dtype, page)
     scaled = page_scales is not None
-    inputs = [rows, in_hbm(pages, interpret)]
+    inputs = [rows, in_hbm(pages, interpret, aliased=True)]
     scratch: dict[str, Any] = dict(
         ahead=pltpu.SMEM((SLOTS + 2 * DEPTH,), jnp.int32),
         rows=dict(
@@ -64,7 +64,7 @@ def pallas(arrays: New, *, interpret: bool) -> tuple[jax.Array, jax.Array | None
         lanes = page_scales.shape[-1]
         # A token's scales in every slot of their head, so that the token's own slot takes them without a shuffle.
         spread = jnp.repeat(arrays.scales.reshape(rows.shape[0], 1, -1), page, axis=-1)
-        inputs += [in_hbm(page_scales, interpret), spread]
+        inputs += [in_hbm(page_scales, interpret, aliased=True), spread]
         scratch["scales"] = dict(
             held=pltpu.VMEM((DEPTH, 1, 1, lanes), jnp.float32),
             own=pltpu.VMEM((DEPTH, page, 1, lanes), jnp.float32),
