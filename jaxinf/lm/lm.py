@@ -16,20 +16,20 @@ from jax.sharding import Mesh
 
 from jaxinf import checkpoint
 from jaxinf.cache import Cache, Kind, check_kind
-from jaxinf.generation import Batch, Processor, Runner
-from jaxinf.generation.speculative import Costs, Drafter, SpeculativeBatch
+from jaxinf.generation import Processor, Runner
+from jaxinf.generation.speculative import Costs, Drafter
 from jaxinf.layers import ExpertChoice, MoESpec
 from jaxinf.lm import compilation_cache, fitting, programs_folder, scoring
 from jaxinf.lm.chat import ChatTemplate, Conversation, Message, check_messages, turn
 from jaxinf.lm.completion import Completion, Score
 from jaxinf.lm.defaults import Defaults, not_done
 from jaxinf.lm.drafting import Drafting, drafter_of
+from jaxinf.lm.engine import Engine
 from jaxinf.lm.job import STREAMED, Job, Stream
 from jaxinf.lm.locate import locate
 from jaxinf.lm.request import (
     Facts,
     Options,
-    Request,
     context_of,
     make_request,
     only_one,
@@ -96,7 +96,7 @@ class LM:
 
     def _run(self, model: CausalLM, programs: programs_folder.User = programs_folder.none) -> None:
         self._runner = Runner(model, programs)
-        self._drafting: Drafting | None = None
+        self._engine = Engine(self._runner, self._facts)
         self._conversation: Conversation | None = None
         self._logits = self._runner.bind(lambda model, tokens: model(tokens), gives=LOGITS)
         self._score = scoring.Scorer(self._runner)
@@ -211,16 +211,17 @@ class LM:
         """
         other = copy.copy(self)
         found = drafter_of(drafter, self.model, self.tokenizer, draft_tokens)
-        other._drafting = Drafting(self._runner, found, adaptive=adaptive, costs=costs)
+        drafting = Drafting(self._runner, found, adaptive=adaptive, costs=costs)
+        other._engine = dataclasses.replace(self._engine, drafting=drafting)
         other._conversation = None
-        if adaptive:
-            other._drafting.of_rows(1, other._draft_cache)
+        other._engine.measure_drafting()
         return other
 
     @property
     def drafter(self) -> Drafter | None:
         """What drafts; None: every token is a pass."""
-        return None if self._drafting is None else self._drafting.drafter
+        drafting = self._engine.drafting
+        return None if drafting is None else drafting.drafter
 
     @property
     def mesh(self) -> Mesh | None:
@@ -362,7 +363,7 @@ class LM:
             sinks=sinks,
             cache=cache,
         )
-        done = Job(request, self.tokenizer, lambda: self._begin(request)).finish()
+        done = Job(request, self.tokenizer, lambda: self._engine.begin(request)).finish()
         if request.samples > 1:
             groups = [done[i : i + request.samples] for i in range(0, len(done), request.samples)]
             return groups[0] if request.single else groups
@@ -376,7 +377,7 @@ class LM:
         """
         request = make_request(self._facts, prompt, max_new_tokens, **options)
         only_one(request)
-        return Stream(Job(request, self.tokenizer, lambda: self._begin(request), **STREAMED))
+        return Stream(Job(request, self.tokenizer, lambda: self._engine.begin(request), **STREAMED))
 
     def chat(
         self,
@@ -424,18 +425,18 @@ class LM:
 
         def new_cache(tokens: int, max_append: int) -> Cache:
             room = max(tokens, min(2 * tokens, self.context))
-            return self._cache(1, room, window, sinks, kind, max_append=max_append)
+            return self._engine.new_cache(1, room, window, sinks, kind, max_append)
 
         def keep(job: Job) -> None:
             if job.batch is not None and job.batch.state is not None:
                 held = request.prompts[0] + job.emitted[0][:-1]
                 self._conversation = Conversation(job.batch.state.cache, held, window, sinks, kind)
 
-        if self._drafting is not None:  # a drafter reads what it drafts for from the start
-            return Job(request, self.tokenizer, lambda: self._begin(request), **pace)
+        if self._engine.drafting is not None:  # a drafter reads what it drafts for from the start
+            return Job(request, self.tokenizer, lambda: self._engine.begin(request), **pace)
         previous, self._conversation = self._conversation, None
         cache, cached = turn(previous, request, self.spec, new_cache)
-        begin = functools.partial(self._begin, request, cache, cached)
+        begin = functools.partial(self._engine.begin, request, cache, cached)
         return Job(request, self.tokenizer, begin, cached=cached, ended=keep, **pace)
 
     def chat_tokens(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
@@ -478,7 +479,7 @@ class LM:
         if window is None:
             logprobs = self._score.windowed(ids[0], self.context, stride, padded=not self._sees_padding)
         else:
-            cache = self._cache(1, len(ids[0]), window, sinks, self._facts.cache)
+            cache = self._engine.new_cache(1, len(ids[0]), window, sinks, self._facts.cache)
             logprobs = self._score.streamed(ids[0], cache)
         size = len(text.encode()) if isinstance(text, str) else None
         bos = None if self.tokenizer is None else self.tokenizer.bos_id
@@ -502,7 +503,7 @@ class LM:
         batch = whole_number("batch", batch, least=1)
         for length in [whole_number("prompt_tokens", length, least=1) for length in lengths]:
             request = make_request(self._facts, [[0] * length] * batch, max_new_tokens, **{"eos": (), **options})
-            running = self._begin(request)
+            running = self._engine.begin(request)
             if max(request.limits) > 1:
                 running.advance(1)
 
@@ -543,49 +544,6 @@ class LM:
     def __repr__(self) -> str:
         spec = self.spec
         return f"LM({spec.depth} layers of {spec.d_model}, vocabulary {spec.vocab}, context {self.context})"
-
-    def _begin(self, request: Request, cache: Cache | None = None, cached: int = 0) -> Batch | SpeculativeBatch:
-        prompts = request.prompts
-        if cache is None and self._drafting is not None and self._drafting.serves(request.tokens):
-            rows = len(prompts) * request.samples
-            speculator = self._drafting.of_rows(rows, self._draft_cache)
-            return speculator.begin(prompts, self._draft_cache(rows, request.tokens, request), **self._how(request))
-        if cache is None:
-            rows = len(prompts) * (request.samples if self.mesh is not None else 1)
-            cache = self._cache(rows, request.tokens, request.window, request.sinks, request.cache)
-        return self._runner.begin(
-            [p[cached:] for p in prompts],
-            cache,
-            cached=[p[:cached] for p in prompts] if cached else None,
-            **self._how(request),
-        )
-
-    def _how(self, request: Request) -> dict[str, Any]:
-        return dict(
-            limits=request.limits,
-            params=request.params,
-            seeds=request.seeds,
-            eos=request.eos,
-            logprobs=request.logprobs,
-            processors=request.processors,
-            samples=request.samples,
-        )
-
-    def _draft_cache(self, rows: int, tokens: int, request: Request | None = None) -> Cache:
-        """A cache of the target for a pass over drafts."""
-        assert self._drafting is not None
-        asked = self._facts if request is None else request
-        spare = self._drafting.spare
-        options: Any = dict(window=asked.window, sinks=asked.sinks, kind=asked.cache)
-        return self._runner.new_cache(
-            rows, tokens + spare, limit=self.context + spare, max_append=self._drafting.max_append, **options
-        )
-
-    def _cache(
-        self, batch: int, tokens: int, window: int | None, sinks: int, kind: Kind | None, max_append: int = 1
-    ) -> Cache:
-        options: Any = dict(window=window, sinks=sinks, kind=kind, max_append=max_append)
-        return self._runner.new_cache(batch, tokens, limit=self.context, **options)
 
     @property
     def _sees_padding(self) -> bool:

@@ -6,11 +6,10 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny_models import TOKENIZERS, counted, model, spec, whole
+from tiny_models import counted, model, spec, whole
 
 import jaxinf
-from jaxinf.generation import Batch, Runner, SamplingParams
-from jaxinf.layers import LongRopeSpec
+from jaxinf.generation import Batch, SamplingParams
 from jaxinf.lm import LM, Tokenizer
 from jaxinf.lm.request import make_request, sampling_params
 from pallas_kernels.errors import InputError, UnsupportedError
@@ -18,18 +17,6 @@ from pallas_kernels.errors import InputError, UnsupportedError
 CONTEXT = 96
 PROMPT = "def fibonacci(n):"
 MESSAGES = [{"role": "user", "content": "push item"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    found = Tokenizer.from_folder(TOKENIZERS / "byte_level")
-    assert found is not None
-    return found
-
-
-@pytest.fixture(scope="module")
-def lm(tokenizer: Tokenizer) -> LM:
-    return LM(model(spec(vocab=tokenizer.vocab_size, window=40, context=CONTEXT)), tokenizer, {"eos_token_id": []})
 
 
 def test_one_prompt_gives_one_completion(lm: LM) -> None:
@@ -180,87 +167,6 @@ def test_logits_of_any_length(lm: LM) -> None:
     np.testing.assert_allclose(got, whole(lm.model, np.asarray([ids])), atol=1e-4)
 
 
-class TestChat:
-    def test_on_a_mesh(self, lm: LM) -> None:
-        with pytest.warns(UserWarning, match="first 4 of 8"):
-            spread = lm.shard("data=2,tensor=2")
-        messages = list(MESSAGES)
-        for turn in range(2):
-            answer = spread.chat(messages, 4)
-            assert answer.tokens == lm.generate(lm.chat_tokens(messages), 4).tokens
-            assert (answer.stats.cached_tokens > 0) == (turn > 0)
-            messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "and pop"}]
-
-    def test_turns_build_on_the_cache(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-        read: list[int] = []
-        prefill = Runner.prefill
-
-        def counting(self, prompts, cache, **options):
-            read.append(sum(map(len, prompts)))
-            return prefill(self, prompts, cache, **options)
-
-        monkeypatch.setattr(Runner, "prefill", counting)
-        lm.chat([{"role": "user", "content": "something else"}], 2)
-        messages, in_cache = list(MESSAGES), 0
-        for turn in range(3):
-            tokens = lm.chat_tokens(messages)
-            answer = lm.chat(messages, 4)
-            assert answer.stats.prompt_tokens == len(tokens) == answer.stats.cached_tokens + read[-1]
-            assert answer.stats.cached_tokens >= in_cache
-            assert answer.tokens == lm.generate(tokens, 4).tokens
-            # The same words once more: all but the last token are in the cache.
-            assert lm.chat(messages, 4).tokens == answer.tokens
-            assert read[-1] == 1
-            in_cache = len(tokens)
-            messages += [
-                {"role": "assistant", "content": f"answer {turn}"},
-                {"role": "user", "content": "pop"},
-            ]
-
-    def test_a_window_that_has_forgotten_starts_anew(self, tokenizer: Tokenizer) -> None:
-        lm = LM(model(spec(vocab=tokenizer.vocab_size, window=4, context=200)), tokenizer, {"eos_token_id": []})
-        long = [{"role": "user", "content": "items " * 12}]
-        lm.chat(long, 40)
-        short = [{"role": "user", "content": "items items"}]
-        tokens = lm.chat_tokens(short)
-        got = lm.chat(short, 6)
-        assert got.stats.cached_tokens == 0
-        assert got.tokens == lm.generate(tokens, 6).tokens
-
-    def test_streams_are_turns_of_the_conversation(self, lm: LM) -> None:
-        lm.chat([{"role": "user", "content": "something else"}], 2)
-        stream = lm.stream_chat(MESSAGES, 8)
-        pieces = list(stream)
-        assert "".join(pieces) == stream.completion.text
-        again = lm.chat(MESSAGES, 8)
-        assert again.tokens == stream.completion.tokens
-        assert again.stats.cached_tokens == again.stats.prompt_tokens - 1
-        next(lm.stream_chat(MESSAGES, 8))  # and left
-        assert lm.chat(MESSAGES, 8).stats.cached_tokens == 0
-
-    def test_ropes_that_follow_the_length_give_what_a_whole_pass_gives(self, tokenizer: Tokenizer) -> None:
-        rope = LongRopeSpec(8, short=(1.0,) * 4, long=(2.0, 9.0, 4.0, 5.0), original_max=24)
-        lm = LM(model(spec(vocab=tokenizer.vocab_size, rope=rope)), tokenizer, {"eos_token_id": []})
-        messages, reused = list(MESSAGES), []
-        for _ in range(4):
-            answer = lm.chat(messages, 6)
-            assert answer.tokens == lm.generate(lm.chat_tokens(messages), 6).tokens
-            reused.append(answer.stats.cached_tokens > 0)
-            messages += [{"role": "assistant", "content": "answer"}, {"role": "user", "content": "pop"}]
-        assert answer.stats.prompt_tokens > rope.original_max
-        assert reused == [False, True, False, False]
-
-    def test_bad_conversations(self, lm: LM) -> None:
-        with pytest.raises(InputError, match="unknown role clown"):
-            lm.chat([{"role": "clown", "content": "x"}])
-        for messages in ([], "hello", [{"content": "x"}], ["x"], {"role": "user"}):
-            with pytest.raises(InputError, match="message"):
-                lm.chat(messages)
-        bare = LM(model(spec()))
-        with pytest.raises(InputError, match="no chat template"):
-            bare.chat(MESSAGES)
-
-
 LONG = list(range(20, 44))
 
 
@@ -285,7 +191,7 @@ class TestBoundedMemory:
         assert make_request(small._facts, [7] * 20, 2**40, window=16).limits == [2**31 - 1 - 20]
 
     def test_memory_stays_bounded(self, small: LM) -> None:
-        sizes = {small._cache(1, tokens, 16, 4, None).nbytes for tokens in (20, 100, 10_000)}
+        sizes = {small._engine.new_cache(1, tokens, 16, 4, None).nbytes for tokens in (20, 100, 10_000)}
         assert len(sizes) == 1
         per_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, bytes
         assert sizes == {per_token * (16 + 4)}
@@ -304,50 +210,6 @@ class TestBoundedMemory:
         assert len(lm.score([1] * 49, window=16).logprobs) == 48
         with pytest.raises(InputError, match="learned 48 positions"):
             lm.score([1] * 50, window=16)
-
-
-class TestScore:
-    TEXT = "def push(self, item):\n    self.items.append(item)\n"
-
-    def expected(self, lm: LM, ids: list[int]) -> np.ndarray:
-        scores = np.asarray(jax.nn.log_softmax(whole(lm.model, np.asarray([ids[:-1]]))[0], axis=-1))
-        return scores[np.arange(len(ids) - 1), ids[1:]]
-
-    def test_a_short_text(self, lm: LM) -> None:
-        got = lm.score(self.TEXT)
-        want = self.expected(lm, got.tokens)
-        np.testing.assert_allclose(got.logprobs, want, atol=1e-4)
-        assert got.tokens[0] == lm.tokenizer.bos_id
-        assert got.perplexity == pytest.approx(math.exp(-want.mean()), rel=1e-4)
-        assert got.bits_per_byte == pytest.approx(-want.sum() / math.log(2) / len(self.TEXT), rel=1e-4)
-        assert lm.score(got.tokens).bits_per_byte is None
-
-    def test_a_text_beyond_the_context_is_read_in_windows(self, lm: LM) -> None:
-        ids = np.random.default_rng(0).integers(0, lm.spec.vocab, 3 * CONTEXT + 11).tolist()
-        stride = 30
-        got = lm.score(ids, stride=stride).logprobs
-        want = self.expected(lm, ids[: CONTEXT + 1])
-        start = stride
-        while len(want) < len(ids) - 1:
-            begin = min(start, len(ids) - 1 - CONTEXT)
-            piece = self.expected(lm, ids[begin : begin + CONTEXT + 1])
-            want = np.concatenate([want, piece[len(want) - begin :]])
-            start += stride
-        np.testing.assert_allclose(got, want, atol=1e-4)
-
-    def test_a_bounded_memory_is_that_of_generation(self, lm: LM) -> None:
-        ids = lm.tokenizer.encode(self.TEXT)
-        short = lm.score(ids, window=len(ids), sinks=2)
-        np.testing.assert_allclose(short.logprobs, lm.score(ids).logprobs, atol=1e-4)
-        written = lm.generate(ids, 90, window=16, sinks=2, logprobs=True)
-        scored = lm.score(ids + written.tokens, window=16, sinks=2)
-        np.testing.assert_allclose(scored.logprobs[len(ids) - 1 :], written.logprobs, atol=1e-4)
-
-    def test_without_a_bos_the_first_token_costs_its_share(self, lm: LM) -> None:
-        from jaxinf.lm.scoring import summary
-
-        assert summary([3, 4], np.asarray([-math.log(2)]), 4, None, 16).bits_per_byte == pytest.approx(5 / 4)
-        assert summary([3, 4], np.asarray([-math.log(2)]), 4, 3, 16).bits_per_byte == pytest.approx(1 / 4)
 
 
 def test_warmup_leaves_nothing_to_compile(tokenizer: Tokenizer) -> None:
