@@ -71,9 +71,8 @@ def few_rows(x: jax.Array, stored: jax.Array, dtype: jnp.dtype, *, transposed: b
     if rows == 1 and can_halve((height, breadth), dtype, transposed):
         upper, lower = stored.reshape(2, height // 2, breadth)
         return one_row(x, (upper, lower), dtype, transposed=transposed)
-    if rows > 1 and not transposed:
-        return _rows_together(_settled(x), stored, widen)
-    padded = _settled(jnp.pad(x, ((0, rows % 2), (0, 0))))
+    spare = rows % 2 if transposed else max(2 - rows, 0)
+    padded = _settled(jnp.pad(x, ((0, spare), (0, 0))))
     return (_pairs_of_rows if transposed else _rows_together)(padded, stored, widen)[:rows]
 
 

@@ -108,7 +108,9 @@ def speculation(
     whole, part = jnp.int32, jnp.float32
     rest: Any = dict(tokens=row(whole), emitted=row(whole), limits=row(whole), seeds=row(jnp.uint32))
     held = State(kept, finished=row(jnp.bool_), vocab=specs[0].vocab, **rest)
-    policy = Policy(row(part), row(part), row(part), scalar(whole), scalar(whole), draft_tokens)
+    policy = Policy(
+        row(part), row(part), row(part), scalar(whole), scalar(whole), draft_tokens, chain=True, steps=True
+    )
     tally = Tally(row(whole), row(whole), row(whole, draft_tokens), row(whole, draft_tokens))
     state = Speculation(held, drafts, row(whole, capacity), policy, tally)
     controls = Controls(temperature=row(part) if temperature else None)

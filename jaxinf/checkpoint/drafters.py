@@ -142,7 +142,8 @@ def load_drafter(folder: str | Path, target: CausalLM | None = None, *, dtype=No
     tensors, names = packing.Unpacked(open_tensors(folder)), OwnNames()
     model = as_stored(_as_model(head), tensors, names.source, Quantization("mixed"), str(folder))
     plan = planned(model, tensors, names.source, ignorable=names.ignorable, at=str(folder))
-    made = Drafting(fill(model, plan), str(record.get("target")), ranks)  # type: ignore[arg-type]
+    filled: Any = fill(model, plan)
+    made = Drafting(filled, str(record.get("target")), ranks)
     if made.kind != record["kind"]:
         raise CheckpointError(f"{at} names the kind {record['kind']!r}, but what it describes is {made.kind}")
     if target is not None:

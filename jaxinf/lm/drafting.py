@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -27,7 +26,6 @@ from jaxinf.lm.measure import Device
 from jaxinf.lm.tokenizer import Tokenizer
 from jaxinf.models import CausalLM
 from jaxinf.models.drafting import AheadTokens, MedusaHeads
-from jaxinf.models.placing import place_model
 from pallas_kernels.errors import InputError
 
 HEADS = ("medusa", "medusa-chain", "eagle", "eagle-tree")
@@ -124,7 +122,7 @@ class Drafting:
     """
 
     def __init__(self, runner: Runner, drafter: Drafter, *, adaptive: bool, costs: Costs | None):
-        self.drafter = placed(drafter, runner)
+        self.drafter = drafter if runner.mesh is None else drafter.on(runner.mesh)
         self._speculator = Speculator(runner, self.drafter)
         self._adaptive, self._given = adaptive, costs
         self._costs: dict[int, Costs] = {}
@@ -155,20 +153,12 @@ class Drafting:
         return self._speculator.with_costs(costs)
 
 
-def placed(drafter: Drafter, runner: Runner) -> Drafter:
-    """The drafter with its model on the target's mesh, and in the form of layers that suits it."""
-    if runner.mesh is None or not isinstance(getattr(drafter, "model", None), CausalLM):
-        return drafter
-    changed: Any = dict(model=place_model(drafter.model, runner.mesh))  # type: ignore[attr-defined]
-    return dataclasses.replace(drafter, **changed)  # type: ignore[type-var]
-
-
 def costs_of(speculator: Speculator, new_cache: NewCache, rows: int = 1) -> Costs:
     """What passes take with this pair, in plain steps, for so many rows; measured once and kept in a file.
 
     What a draft takes whatever its length cannot be told from its verification, and is counted there.
 
-    One program runs all of it: what it takes for costs decides how much it drafts.
+    One compiled loop runs every kind of pass: what it is given for costs decides how much it drafts.
 
     Args:
       new_cache: `(rows, tokens) -> Cache` for the target.

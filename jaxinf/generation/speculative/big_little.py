@@ -14,7 +14,7 @@ import jax
 from jaxinf.cache import Cache
 from jaxinf.generation.speculative.accept import by_threshold
 from jaxinf.generation.speculative.draft_model import DraftModel
-from jaxinf.generation.speculative.drafter import Draft, Drafter, Verified, View
+from jaxinf.generation.speculative.drafter import Draft, View
 from jaxinf.generation.speculative.self_speculative import check_confidence
 from jaxinf.generation.speculative.writing import further, read_on, write_chain
 from jaxinf.models import CausalLM
@@ -23,7 +23,7 @@ from pallas_kernels.errors import InputError
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BigLittle(Drafter):
+class BigLittle(DraftModel):
     """NOT exact: the output is neither the target's nor distributed as its, but a mixture that follows the small
     model wherever the target has nothing much against it.
 
@@ -31,57 +31,34 @@ class BigLittle(Drafter):
     policy); then the target reads them, goes back to the first that it finds too unlikely (the roll-back policy),
     and writes the next one itself.
 
-    model, limit: as of `DraftModel`. tokens: static, that the small model writes at most before it is read.
+    tokens: static, that the small model writes at most before it is read.
     fallback: static, the probability that its likeliest token must have for it to go on.
     rollback: static, in nats: -log p of a token under the target may be so much. 0 lets the target's certainties
       alone stand; infinity everything.
     """
 
-    model: CausalLM
     tokens: int = dataclasses.field(default=8, metadata=dict(static=True))
     fallback: float = dataclasses.field(default=0.5, metadata=dict(static=True))
     rollback: float = dataclasses.field(default=2.0, metadata=dict(static=True))
-    limit: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     exact: ClassVar[bool] = False
 
     @property
-    def _small(self) -> DraftModel:
-        return DraftModel(self.model, self.tokens, self.limit)
-
-    @property
-    def nodes(self) -> int:
-        return self.tokens
-
-    @property
-    def steps(self) -> bool:
-        return True
+    def draws(self) -> bool:
+        return False
 
     @property
     def rule(self) -> Callable[..., Any]:
         return functools.partial(by_threshold, distance=self.rollback)
 
-    @property
-    def context(self) -> int | None:
-        return self.limit
-
     def check(self, target: CausalLM) -> None:
-        self._small.check(target)
+        super().check(target)
         check_confidence("fallback", self.fallback)
         if isinstance(self.rollback, bool) or math.isnan(self.rollback) or self.rollback < 0:
             raise InputError(f"rollback={self.rollback!r} must be a number of nats, at least 0")
-
-    def init(self, target: CausalLM, batch: int, tokens: int) -> Cache:
-        return self._small.init(target, batch, tokens)
-
-    def read(self, target, state: Cache, tokens, counts, hidden, *, fresh: bool) -> Cache:
-        return self._small.read(target, state, tokens, counts, hidden, fresh=fresh)
 
     def draft(self, target: CausalLM, state: Cache, view: View) -> tuple[Draft, Cache, Cache]:
         logits, cache = read_on(self.model, state, view)
         forward = further(self.model, view.active)
         draft, cache = write_chain(forward, logits, cache, view, self.tokens, confidence=self.fallback)
         return dataclasses.replace(draft, probs=None), cache, view.cache
-
-    def commit(self, target: CausalLM, state: Cache, verified: Verified) -> Cache:
-        return self._small.commit(target, state, verified)

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 from jaxinf.cache import Cache
 from jaxinf.generation.sampling import Context, adjust, process
-from jaxinf.generation.speculative.draft_model import DraftModel
+from jaxinf.generation.speculative.by_model import ByModel
 from jaxinf.generation.speculative.drafter import (
     MOST_NODES,
     Draft,
-    Drafter,
     Verified,
     View,
     ancestors,
@@ -25,7 +24,7 @@ from jaxinf.generation.speculative.drafter import (
     repeated,
     with_token,
 )
-from jaxinf.generation.speculative.writing import CATCH_UP, read_on
+from jaxinf.generation.speculative.writing import read_on
 from jaxinf.models import CausalLM
 from pallas_kernels.errors import InputError
 from sharding import split_axis
@@ -33,18 +32,16 @@ from sharding import split_axis
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DraftTree(Drafter):
-    """Any decoder with the target's vocabulary. Each node of level l has `branches[l]` children: at temperature 0
+class DraftTree(ByModel):
+    """Each node of level l has `branches[l]` children: at temperature 0
     the likeliest tokens, else as many independent draws, which may be equal.
 
     The draft model reads the tree so far once a level, so a draft takes as many of its passes as there are levels.
 
-    model: lies where the target does. branches: static, of at most 15 nodes in all. limit: as of `DraftModel`.
+    branches: static, of at most 15 nodes in all.
     """
 
-    model: CausalLM
     branches: tuple[int, ...] = dataclasses.field(default=(3, 1, 1, 1), metadata=dict(static=True))
-    limit: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def parents(self) -> tuple[int, ...]:
@@ -72,10 +69,6 @@ class DraftTree(Drafter):
     def draws(self) -> bool:
         return True
 
-    @property
-    def context(self) -> int | None:
-        return self.limit
-
     def check(self, target: CausalLM) -> None:
         if not self.branches:
             raise InputError("branches=() must have a level or more")
@@ -86,16 +79,7 @@ class DraftTree(Drafter):
                 f"branches={self.branches} makes a tree of {self.nodes} nodes; a pass takes {MOST_NODES}: take "
                 "fewer children"
             )
-        DraftModel(self.model).check(target)
-
-    def init(self, target: CausalLM, batch: int, tokens: int) -> Cache:
-        appended = max(CATCH_UP, self.nodes + 1)
-        return self.model.init_cache(batch, tokens + appended, max_append=appended)
-
-    def read(self, target, state: Cache, tokens, counts, hidden, *, fresh: bool) -> Cache:
-        _, after, _ = self.model.hidden(tokens, state, counts=counts, fresh=fresh)
-        assert after is not None
-        return after
+        super().check(target)
 
     def draft(self, target: CausalLM, state: Cache, view: View) -> tuple[Draft, Cache, Cache]:
         batch = view.tokens.shape[0]

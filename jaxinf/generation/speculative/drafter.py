@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxinf.cache import Cache
 from jaxinf.cache.base import DECODE_TOKENS
@@ -256,6 +257,10 @@ class Drafter(abc.ABC):
     def commit(self, target: CausalLM, state: Any, verified: Verified) -> Any:
         """The state after a pass, plain ones included; only rows with `verified.counts > 0` have changed."""
         return state
+
+    def on(self, mesh: Mesh) -> Self:
+        """This drafter for a target on `mesh`; weights that are not placed on it are copied to all its chips."""
+        return self
 
     def check(self, target: CausalLM) -> None:  # noqa: B027
         """Raises InputError if this cannot draft for `target`."""

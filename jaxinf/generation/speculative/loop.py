@@ -77,11 +77,12 @@ class Speculation:
         return self.rows.cache
 
 
-def begin(rows: State, depth: int, state: Any, history: jax.Array) -> Speculation:
-    """After the first token of each row, which `history` does not have yet. depth, state: of the drafter."""
+def begin(rows: State, drafter: Drafter, state: Any, history: jax.Array) -> Speculation:
+    """After the first token of each row, which `history` does not have yet. state: of the drafter."""
     batch = rows.tokens.shape[0]
     history = _appended(history, rows.cache.lengths, rows.tokens[:, None], jnp.ones_like(rows.tokens))
-    return Speculation(rows, state, history, Policy.new(batch, depth), Tally.zeros(batch, depth))
+    policy = Policy.new(batch, drafter.depth, chain=drafter.chain, steps=drafter.steps)
+    return Speculation(rows, state, history, policy, Tally.zeros(batch, drafter.depth))
 
 
 def read_piece(
@@ -169,7 +170,7 @@ def decode(
             both = speculate(both, jnp.int32(drafter.depth))
         else:
             active = ~state.rows.finished
-            length = state.policy.length(costs, active, chain=drafter.chain, steps=drafter.steps)
+            length = state.policy.length(costs, active)
             drafted = None
             if drafter.free:
                 view = view_of(state, length, controls, processors)
@@ -366,7 +367,7 @@ def _counted(
     )
     policy = state.policy
     if costs is not None:
-        policy = policy.after_draft(costs, stood, reach, active, chain=drafter.chain, steps=drafter.steps)
+        policy = policy.after_draft(costs, stood, reach, active)
     return tally, policy
 
 

@@ -54,7 +54,9 @@ class Policy:
     stood, judged: float32 `[B]`, drafted tokens that stood and that were judged, later passes weighing more.
     passes: float32 `[B]`, passes by the same weights.
     idle: int32 scalar, plain steps since the last draft. wait: int32 scalar, how many there may be.
-    depth: static, the longest branch of a draft.
+    depth: static, the longest branch of a draft. steps: static, whether drafts may be shorter.
+    chain: static, whether drafts are chains, whose tokens stand at one rate; of trees it counts how many stood in a
+      pass.
     """
 
     stood: jax.Array
@@ -63,9 +65,11 @@ class Policy:
     idle: jax.Array
     wait: jax.Array
     depth: int = dataclasses.field(metadata=dict(static=True))
+    chain: bool = dataclasses.field(metadata=dict(static=True))
+    steps: bool = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def new(cls, batch: int, depth: int) -> Policy:
+    def new(cls, batch: int, depth: int, *, chain: bool, steps: bool) -> Policy:
         rate, weight = _PRIOR
         # The tokens that a whole draft is worth at that rate, for as many passes as judge so many of them.
         a_pass = sum(rate**i for i in range(1, depth + 1))
@@ -76,15 +80,12 @@ class Policy:
 
         passes = weight / judged
         scalars = jnp.zeros((), jnp.int32), jnp.full((), _PROBE, jnp.int32)
-        return cls(full(passes * a_pass), full(weight), full(passes), *scalars, depth)
+        return cls(full(passes * a_pass), full(weight), full(passes), *scalars, depth, chain, steps)
 
-    def gains(self, costs: Costs, active: jax.Array, *, chain: bool, steps: bool) -> jax.Array:
-        """float32 `[depth]`: how many times as fast as plain steps drafts of 1..depth tokens should be.
-
-        chain: static; whether drafts are chains, whose tokens stand at one rate; of trees it counts how many stood
-        in a pass. steps: static; drafts may be shorter than `depth`, else only the last entry is not 0.
-        """
-        if chain:
+    def gains(self, costs: Costs, active: jax.Array) -> jax.Array:
+        """float32 `[depth]`: how many times as fast as plain steps drafts of 1..depth tokens should be, 0 for those
+        that are not made."""
+        if self.chain:
             rate = jnp.minimum(self.stood / self.judged, 0.99)
             tokens = jnp.cumsum(rate[:, None] ** jnp.arange(self.depth + 1), axis=1)[:, 1:]
         else:
@@ -93,11 +94,11 @@ class Policy:
         rows = jnp.maximum(psum(jnp.sum(weight), *RULES["batch"]), 1.0)
         mean = psum(jnp.sum(tokens * weight[:, None], axis=0), *RULES["batch"]) / rows
         lengths = jnp.arange(1, self.depth + 1)
-        return jnp.where(lengths >= (1 if steps else self.depth), mean / costs.of(lengths), 0.0)
+        return jnp.where(lengths >= (1 if self.steps else self.depth), mean / costs.of(lengths), 0.0)
 
-    def length(self, costs: Costs, active: jax.Array, *, chain: bool, steps: bool) -> jax.Array:
+    def length(self, costs: Costs, active: jax.Array) -> jax.Array:
         """int32 scalar: tokens to draft; 0: a plain step."""
-        gains = self.gains(costs, active, chain=chain, steps=steps)
+        gains = self.gains(costs, active)
         best = jnp.argmax(gains).astype(jnp.int32) + 1
         patience = jnp.maximum(self.wait, (costs.of(best) - 1.0) / _TRIES)
         return jnp.where((jnp.max(gains) > _MARGIN) | (self.idle >= patience), best, 0)
@@ -115,9 +116,7 @@ class Policy:
             judged=keep * self.judged + offered,
         )
 
-    def after_draft(
-        self, costs: Costs, stood: jax.Array, reach: jax.Array, active: jax.Array, *, chain: bool, steps: bool
-    ) -> Policy:
+    def after_draft(self, costs: Costs, stood: jax.Array, reach: jax.Array, active: jax.Array) -> Policy:
         """After a pass in which `stood` int32 `[B]` of drafts that reached `reach` int32 `[B]` ahead stood."""
         seen = active & (reach > 0)
         keep = jnp.where(seen, _MEMORY, 1.0)
@@ -127,7 +126,7 @@ class Policy:
             judged=keep * self.judged + jnp.where(seen, jnp.minimum(stood + 1, reach), 0),
             passes=keep * self.passes + seen,
         )
-        pays = jnp.max(new.gains(costs, active, chain=chain, steps=steps)) > _MARGIN
+        pays = jnp.max(new.gains(costs, active)) > _MARGIN
         tried = self.idle > 0
         longer = jnp.minimum(2 * self.wait, _LONGEST_WAIT)
         wait = jnp.where(pays, _PROBE, jnp.where(tried, longer, self.wait))

@@ -90,7 +90,7 @@ class Speculator:
         @functools.partial(jax.jit, donate_argnames=("rows", "state", "history"))
         def begin(rows, state, history):
             def run(rows, state, history):
-                return loop.begin(rows, drafter.depth, state, history)
+                return loop.begin(rows, drafter, state, history)
 
             seen = rows.seen is not None
             takes = (runner.state_split(seen), OWN, ROWS)
@@ -197,7 +197,8 @@ class Speculator:
     def _state_split(self, seen: bool) -> Any:
         rows: Any = ROWS
         same: Any = SAME
-        policy = Policy(rows, rows, rows, same, same, self.drafter.depth)
+        drafter = self.drafter
+        policy = Policy(rows, rows, rows, same, same, drafter.depth, drafter.chain, drafter.steps)
         return Speculation(self.runner.state_split(seen), OWN, rows, policy, Tally(rows, rows, rows, rows))
 
 

@@ -49,7 +49,7 @@ def static(**options) -> Any:
 class Shaped(Drafter):
     """Drafts of one shape. parents: static, of the nodes 1..N, each before its children."""
 
-    parents: tuple[int, ...] = static(default=TREE)
+    parents: tuple[int, ...] = static()
 
     @property
     def nodes(self) -> int:
@@ -91,7 +91,7 @@ class TableTree(Shaped):
     guesses: int32 `[V, K]`.
     """
 
-    guesses: jax.Array = None  # type: ignore[assignment]
+    guesses: jax.Array
 
     def draft(self, target: CausalLM, state: Any, view: View):
         tokens = [view.tokens]
@@ -110,7 +110,7 @@ class SampledTree(Shaped):
     distribution: a fault, unless they are 1 and 0.
     """
 
-    logits: jax.Array = None  # type: ignore[assignment]
+    logits: jax.Array
     power: jax.Array | float = 1.0
     flat: jax.Array | float = 0.0
 

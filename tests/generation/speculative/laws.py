@@ -150,7 +150,7 @@ def counted(
         seeds = seed + i * batch + jnp.arange(batch, dtype=jnp.uint32)
         limits = jnp.full((batch,), LENGTH + drafter.depth + 1)  # far enough for whole drafts
         start = State(cache, told[:, -1], none, limits, none > 0, seeds, None, vocab)
-        start = begin(start, drafter.depth, state, history)
+        start = begin(start, drafter, state, history)
         after, written = decode(
             target,
             drafter,

@@ -62,7 +62,7 @@ def _speculated(
     last = jnp.take_along_axis(tokens, counts[:, None] - 1, axis=1)[:, 0]
     given = dict(last=last, limits=asked["limits"], seeds=asked["seeds"], eos=eos, controls=controls, seen=seen)
     rows, one = first(logits, cache, **given, vocab=target.spec.vocab, logprobs=logprobs)
-    state = begin(rows, drafter.depth, state, history)
+    state = begin(rows, drafter, state, history)
     options = dict(steps=asked["steps"], eos=eos, controls=controls, costs=asked["costs"], halt=asked["halt"])
     state, written = decode(target, drafter, state, **options, width=width, logprobs=logprobs)
     return one, state, written

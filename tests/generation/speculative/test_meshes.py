@@ -1,6 +1,5 @@
 """On a mesh of emulated devices drafting writes what one device writes plainly, or it is refused."""
 
-import dataclasses
 from functools import cache
 
 import pytest
@@ -55,8 +54,7 @@ def plain(mixture: bool = False, warm: bool = False) -> list[list[int]]:
 def spread(drafter: Drafter, sizes: dict[str, int], *, mixture: bool = False, warm: bool = False, costs=None):
     """Tokens on a mesh."""
     where = mesh(**sizes)
-    if isinstance(drafter, DraftModel):
-        drafter = dataclasses.replace(drafter, model=place_model(drafter.model, where))
+    drafter = drafter.on(where)
     runner = Runner(place_model(target(mixture), where))
     rows, batch = hosted(
         runner,

@@ -19,13 +19,13 @@ DEPTH = 5
 ONE = jnp.ones((1,), bool)
 
 
-def known(rate: float, depth: int = DEPTH) -> Policy:
+def known(rate: float, *, chain: bool = True, steps: bool = True) -> Policy:
     """A policy that has seen drafted tokens stand at this rate."""
-    each = sum(rate**i for i in range(1, depth + 1))
-    judged = sum(rate**i for i in range(depth))
+    each = sum(rate**i for i in range(1, DEPTH + 1))
+    judged = sum(rate**i for i in range(DEPTH))
     zero = jnp.zeros((), jnp.int32)
     row = (jnp.full((1,), x, jnp.float32) for x in (1e3 * each, 1e3 * judged, 1e3))
-    return Policy(*row, zero, zero + 24, depth)
+    return Policy(*row, zero, zero + 24, DEPTH, chain, steps)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.8, 0.95])
@@ -37,10 +37,10 @@ def test_expected_gains_are_those_of_a_simulation(rate: float) -> None:
     for length in range(1, DEPTH + 1):
         tokens = 1 + runs[:, :length].sum(axis=1)
         want = tokens.mean() / (1.4 + 0.1 + 0.2 * length)
-        gains = known(rate).gains(costs, ONE, chain=True, steps=True)
+        gains = known(rate).gains(costs, ONE)
         np.testing.assert_allclose(gains[length - 1], want, rtol=0.01)
     for chain in (True, False):
-        whole = known(rate).gains(costs, ONE, chain=chain, steps=False)
+        whole = known(rate, chain=chain, steps=False).gains(costs, ONE)
         assert not whole[:-1].any()
         np.testing.assert_allclose(whole[-1], (1 + runs.sum(axis=1)).mean() / 2.5, rtol=0.01)
 
@@ -51,7 +51,7 @@ def test_the_best_length_is_taken_or_none(rate: float, verify: float) -> None:
     costs = Costs(verify, 0.0, 0.15)
     gains = [sum(rate**i for i in range(g + 1)) / (verify + 0.15 * g) for g in range(1, DEPTH + 1)]
     best = int(np.argmax(gains)) + 1 if max(gains) > policy._MARGIN else 0
-    assert int(known(rate).length(costs, ONE, chain=True, steps=True)) == best
+    assert int(known(rate).length(costs, ONE)) == best
 
 
 KINDS = {"chain": dict(chain=True, steps=True), "whole chain": dict(chain=True, steps=False)}
@@ -66,15 +66,17 @@ def simulated(rates: jax.Array, key: jax.Array, costs: Costs, *, chain: bool, st
 
     def one(state, xs):
         rate, key = xs
-        length = state.length(costs, ONE, chain=chain, steps=steps)
+        length = state.length(costs, ONE)
         stands = jnp.cumprod(jax.random.uniform(key, (DEPTH,)) < rate)
         stood = jnp.sum(stands * (jnp.arange(DEPTH) < length), dtype=jnp.int32)
-        drafted = state.after_draft(costs, stood[None], length[None], ONE, chain=chain, steps=steps)
+        drafted = state.after_draft(costs, stood[None], length[None], ONE)
         plain = state.after_plain(ONE, stands[:1] > 0) if free else state.after_plain()
         after = jax.tree.map(lambda a, b: jnp.where(length > 0, a, b), drafted, plain)
         return after, (length, stood)
 
-    return jax.lax.scan(one, Policy.new(1, DEPTH), (rates, jax.random.split(key, len(rates))))[1]
+    return jax.lax.scan(
+        one, Policy.new(1, DEPTH, chain=chain, steps=steps), (rates, jax.random.split(key, len(rates)))
+    )[1]
 
 
 def speed(length: np.ndarray, stood: np.ndarray, costs: Costs) -> float:
@@ -172,7 +174,7 @@ def loop_program(drafter, layers: int, batch: int = 4, slots: int = 4096):
     def start(net, cache):
         rows = jnp.zeros((batch,), jnp.int32)
         state = State(cache, rows, rows, rows + 99, rows > 0, rows.astype(jnp.uint32), None, shape.vocab)
-        return begin(state, drafter.depth, drafter.init(net, batch, slots), jnp.zeros((batch, slots), jnp.int32))
+        return begin(state, drafter, drafter.init(net, batch, slots), jnp.zeros((batch, slots), jnp.int32))
 
     def run(net, drafter, state, steps, costs):
         eos = jnp.full((1,), -1, jnp.int32)
