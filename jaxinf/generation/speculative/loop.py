@@ -80,7 +80,7 @@ class Speculation:
 def begin(rows: State, drafter: Drafter, state: Any, history: jax.Array) -> Speculation:
     """After the first token of each row, which `history` does not have yet. state: of the drafter."""
     batch = rows.tokens.shape[0]
-    history = _appended(history, rows.cache.lengths, rows.tokens[:, None], jnp.ones_like(rows.tokens))
+    history = _put(history, rows.cache.lengths, rows.tokens[:, None], jnp.ones_like(rows.tokens))
     policy = Policy.new(batch, drafter.depth, chain=drafter.chain, steps=drafter.steps)
     return Speculation(rows, state, history, policy, Tally.zeros(batch, drafter.depth))
 
@@ -315,11 +315,9 @@ def _emit(
     batch, width = tokens.shape
     place = jnp.arange(width)
     meant = place < counts[:, None]
-    at = jnp.where(meant, written.counts[:, None] + place, written.tokens.shape[1])
-    lines = jnp.arange(batch)[:, None]
 
     def put(buffer: jax.Array, values: jax.Array) -> jax.Array:
-        return buffer.at[lines, at].set(values, mode="drop")
+        return _put(buffer, written.counts, values, counts)
 
     last = jnp.maximum(counts - 1, 0)[:, None]
     latest = jnp.where(counts > 0, jnp.take_along_axis(tokens, last, 1)[:, 0], rows.tokens)
@@ -341,11 +339,12 @@ def _emit(
     seen = rows.seen
     if seen is not None:
         own = split_axis.own_entries(tokens, seen.shape[1])
+        lines = jnp.arange(batch)[:, None]
         seen = seen.at[lines, jnp.where(meant, own, seen.shape[1])].set(True, mode="drop")
     rows = dataclasses.replace(
         rows, cache=verified.cache, tokens=latest, emitted=emitted, finished=finished, seen=seen
     )
-    history = _appended(state.history, verified.starts + 1, tokens, counts)
+    history = _put(state.history, verified.starts + 1, tokens, counts)
     return dataclasses.replace(state, rows=rows, history=history), after
 
 
@@ -374,6 +373,17 @@ def _counted(
 def _reach(draft: Draft) -> jax.Array:
     """int32 `[B]`: how far ahead the longest branch goes."""
     return jnp.max(jnp.where(draft.follows >= 0, draft.depths[:, 1:], 0), axis=1)
+
+
+def _put(buffer: jax.Array, starts: jax.Array, values: jax.Array, counts: jax.Array) -> jax.Array:
+    """`buffer [B, S, ...]` with row b's first `counts[b]` of a few `values [B, T, ...]` at `starts[b]`."""
+    # One pass over the buffer, which fuses: a scatter is a loop over its indices, of several operations each.
+    shape = buffer.shape[:2] + (1,) * (buffer.ndim - 2)
+    place = (jnp.arange(buffer.shape[1]) - starts[:, None]).reshape(shape)
+    many = counts.reshape(-1, *[1] * (buffer.ndim - 1))
+    for t in range(values.shape[1]):
+        buffer = jnp.where((place == t) & (t < many), values[:, t : t + 1], buffer)
+    return buffer
 
 
 def _appended(history: jax.Array, starts: jax.Array, tokens: jax.Array, counts: jax.Array) -> jax.Array:

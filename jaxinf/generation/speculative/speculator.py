@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -67,25 +68,22 @@ class Speculator:
 
         owned = [runner.split, split]
 
-        @functools.partial(jax.jit, static_argnames=("batch", "tokens"))
-        def init(weights, *, batch: int, tokens: int):
-            def make(weights):
+        @functools.partial(jax.jit, static_argnames="room", donate_argnames=("cache", "logits", "held"))
+        def read(weights, tokens, counts, cache, logits, held, *, room: int):
+            """held: the drafter's state and the history, for `room` tokens a row; (): of the first piece."""
+
+            def run(weights, tokens, counts, cache, logits, held):
                 target, helper = both(weights)
-                return helper.init(target, batch // runner.row_ways, tokens)
+                rows = tokens.shape[0]
+                state, history = held or (helper.init(target, rows, room), jnp.zeros((rows, room), jnp.int32))
+                given = (tokens, counts, cache, logits, state, history)
+                logits, cache, state, history = loop.read_piece(target, helper, *given, fresh=not held)
+                return logits, cache, (state, history)
 
-            return runner.over(make, (owned,), OWN)(weights)
-
-        @functools.partial(
-            jax.jit, static_argnames="fresh", donate_argnames=("cache", "logits", "state", "history")
-        )
-        def read(weights, tokens, counts, cache, logits, state, history, *, fresh):
-            def run(weights, tokens, counts, cache, logits, state, history):
-                target, helper = both(weights)
-                return loop.read_piece(target, helper, tokens, counts, cache, logits, state, history, fresh=fresh)
-
-            takes = (owned, ROWS, ROWS, OWN, VOCAB_ROWS, OWN, ROWS)
-            gives = (VOCAB_ROWS, OWN, OWN, ROWS)
-            return runner.over(run, takes, gives)(weights, tokens, counts, cache, logits, state, history)
+            kept = (OWN, ROWS)
+            takes = (owned, ROWS, ROWS, OWN, VOCAB_ROWS, kept if held else ())
+            call = runner.over(run, takes, (VOCAB_ROWS, OWN, kept))
+            return call(weights, tokens, counts, cache, logits, held)
 
         @functools.partial(jax.jit, donate_argnames=("rows", "state", "history"))
         def begin(rows, state, history):
@@ -112,7 +110,7 @@ class Speculator:
             call = runner.over(run, takes, (split, SAME))
             return call(weights, state, steps, halt, eos, controls, costs)
 
-        self._init, self._read, self._start, self._decode = init, read, begin, decode
+        self._read, self._start, self._decode = read, begin, decode
 
     def with_costs(self, costs: Costs | None) -> Speculator:
         """The same programs with other costs."""
@@ -144,20 +142,16 @@ class Speculator:
         rows = [p for p in prompts for _ in range(samples)]
         longest = max(len(p) + n for p, n in zip(rows, limits, strict=True))
         self._check(cache, len(rows), longest)
-        tokens = buckets.capacity(longest + 1, None)
-        held: list[Any] = []
+        room = buckets.capacity(longest + 1, None)
+        held: tuple[Any, ...] = ()
 
         def prefill(prompts, cache, *, fresh):
+            nonlocal held
             runner = self.runner
-            batch = len(prompts) + -len(prompts) % runner.row_ways
             weights = [runner.weights, self._weights]
-            state = self._init(weights, batch=batch, tokens=tokens)
-            history = runner.put(np.zeros((batch, tokens), np.int32), ROWS)
             logits = runner.no_logits(len(prompts))
-            for piece, counts, first in runner.pieces(prompts, fresh=fresh):
-                given = (weights, piece, counts, cache, logits, state, history)
-                logits, cache, state, history = self._read(*given, fresh=first)
-            held[:] = [state, history]
+            for piece, counts, _ in runner.pieces(prompts, fresh=fresh):
+                logits, cache, held = self._read(weights, piece, counts, cache, logits, held, room=room)
             return logits, cache
 
         plain = self.runner.begin(prompts, cache, prefill=prefill, **options)
@@ -203,7 +197,7 @@ class Speculator:
 
 
 class SpeculativeBatch:
-    """Rows being generated; as `Batch`. `tally`: what drafting came to so far, as numpy arrays."""
+    """Rows being generated; as `Batch`."""
 
     def __init__(self, speculator: Speculator, plain: Batch, state: Speculation):
         self._speculator, self._plain = speculator, plain
@@ -211,7 +205,7 @@ class SpeculativeBatch:
         self.costs = speculator.costs
         self.written: Written = plain.written
         rows = len(plain.finished)
-        self.tally: Tally = jax.tree.map(
+        self._tally: Tally = jax.tree.map(
             lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), jax.eval_shape(lambda: state.tally)
         )
 
@@ -221,6 +215,12 @@ class SpeculativeBatch:
         the verification."""
         drafter = self._speculator.drafter
         return drafter.free or drafter.steps
+
+    @property
+    def tally(self) -> Tally:
+        """What drafting came to so far, as numpy arrays; read from the device when asked for."""
+        rows = len(self.finished)
+        return jax.tree.map(lambda x: x[:rows], jax.device_get(self._tally))
 
     @property
     def state(self) -> State | None:
@@ -240,8 +240,8 @@ class SpeculativeBatch:
         state, self._state = self._state, None  # donated: lost if a KeyboardInterrupt falls in here
         assert state is not None
         given = (steps, halt, plain.eos, plain.controls, plain.fixed, self.costs)
-        state, told = self._speculator.advance(state, *given)
-        self.written, self.tally = jax.tree.map(lambda x: x[:rows], jax.device_get(told))
+        state, (written, self._tally) = self._speculator.advance(state, *given)
+        self.written = jax.tree.map(lambda x: x[:rows], jax.device_get(written))
         self._state = state
         return self.written
 
