@@ -86,7 +86,7 @@ def test_without_a_network_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPat
 
 def test_embedded_models_are_found_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jaxinf.lm import locate as module_function
-    from jaxinf.lm.lm import locate as used
+    from jaxinf.lm.base import locate as used
 
     assert module_function is used
     monkeypatch.setattr(sys.modules["jaxinf.lm.locate"], "EMBEDDED", folder.parent)

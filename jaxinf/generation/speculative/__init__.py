@@ -10,12 +10,13 @@ from jaxinf.generation.speculative.drafter import MOST_NODES, Draft, Drafter, Ve
 from jaxinf.generation.speculative.eagle import Eagle
 from jaxinf.generation.speculative.eagle_tree import EagleTree
 from jaxinf.generation.speculative.lookahead import Lookahead
-from jaxinf.generation.speculative.loop import Speculation, Tally, begin, decode, read_piece
+from jaxinf.generation.speculative.loop import decode, read_piece
 from jaxinf.generation.speculative.medusa import Medusa, best_paths, chain_paths, expected_tokens
 from jaxinf.generation.speculative.ngram import PromptLookup
 from jaxinf.generation.speculative.policy import Costs, Policy
 from jaxinf.generation.speculative.retrieval import Retrieval
 from jaxinf.generation.speculative.self_speculative import SelfSpeculative, Skips, find_skips
+from jaxinf.generation.speculative.speculation import Speculation, Tally, begin
 from jaxinf.generation.speculative.speculator import SpeculativeBatch, Speculator
 
 __all__ = [

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxinf.cache import Cache
 from jaxinf.generation.speculative.accept import by_threshold
-from jaxinf.generation.speculative.draft_model import DraftModel
-from jaxinf.generation.speculative.drafter import Draft, View
+from jaxinf.generation.speculative.by_model import ByModel
+from jaxinf.generation.speculative.drafter import Draft, Verified, View, check_nodes
 from jaxinf.generation.speculative.self_speculative import check_confidence
 from jaxinf.generation.speculative.writing import further, read_on, write_chain
 from jaxinf.models import CausalLM
@@ -23,7 +24,7 @@ from pallas_kernels.errors import InputError
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BigLittle(DraftModel):
+class BigLittle(ByModel):
     """NOT exact: the output is neither the target's nor distributed as its, but a mixture that follows the small
     model wherever the target has nothing much against it.
 
@@ -44,14 +45,19 @@ class BigLittle(DraftModel):
     exact: ClassVar[bool] = False
 
     @property
-    def draws(self) -> bool:
-        return False
+    def nodes(self) -> int:
+        return self.tokens
+
+    @property
+    def steps(self) -> bool:
+        return True
 
     @property
     def rule(self) -> Callable[..., Any]:
         return functools.partial(by_threshold, distance=self.rollback)
 
     def check(self, target: CausalLM) -> None:
+        check_nodes("draft_tokens", self.tokens)
         super().check(target)
         check_confidence("fallback", self.fallback)
         if isinstance(self.rollback, bool) or math.isnan(self.rollback) or self.rollback < 0:
@@ -62,3 +68,6 @@ class BigLittle(DraftModel):
         forward = further(self.model, view.active)
         draft, cache = write_chain(forward, logits, cache, view, self.tokens, confidence=self.fallback)
         return dataclasses.replace(draft, probs=None), cache, view.cache
+
+    def commit(self, target: CausalLM, state: Cache, verified: Verified) -> Cache:
+        return state.roll_back(jnp.minimum(state.lengths, verified.lengths))

@@ -2,7 +2,8 @@
 
 With acceptance a of each drafted token and g of them in a row, a pass gives (1 - a^(g+1)) / (1 - a) tokens
 (Leviathan et al. 2023, arXiv:2211.17192, equation 1) and takes fixed + token g + verify, in units of a plain step.
-The g with the most tokens for the time is taken, or none where a plain step is about as good.
+The g by which the last row is soonest done is taken, or none where plain steps are about as good: all rows of a
+batch share its passes, and drafts that stand in some rows alone keep the others waiting.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from sharding.collectives import psum
+from sharding.collectives import pmax
 from sharding.rules import RULES
 
 _MEMORY = 0.9
@@ -82,23 +83,23 @@ class Policy:
         scalars = jnp.zeros((), jnp.int32), jnp.full((), _PROBE, jnp.int32)
         return cls(full(passes * a_pass), full(weight), full(passes), *scalars, depth, chain, steps)
 
-    def gains(self, costs: Costs, active: jax.Array) -> jax.Array:
+    def gains(self, costs: Costs, left: jax.Array) -> jax.Array:
         """float32 `[depth]`: how many times as fast as plain steps drafts of 1..depth tokens should be, 0 for those
-        that are not made."""
+        that are not made. left: int32 `[B]`, tokens that rows have yet to write; 0 of those that have ended."""
         if self.chain:
             rate = jnp.minimum(self.stood / self.judged, 0.99)
             tokens = jnp.cumsum(rate[:, None] ** jnp.arange(self.depth + 1), axis=1)[:, 1:]
         else:
             tokens = jnp.broadcast_to((1.0 + self.stood / self.passes)[:, None], (*self.stood.shape, self.depth))
-        weight = active.astype(jnp.float32)
-        rows = jnp.maximum(psum(jnp.sum(weight), *RULES["batch"]), 1.0)
-        mean = psum(jnp.sum(tokens * weight[:, None], axis=0), *RULES["batch"]) / rows
+        passes = pmax(jnp.max(left[:, None] / tokens, axis=0), *RULES["batch"])
+        steps = pmax(jnp.max(left), *RULES["batch"])
         lengths = jnp.arange(1, self.depth + 1)
-        return jnp.where(lengths >= (1 if self.steps else self.depth), mean / costs.of(lengths), 0.0)
+        gains = steps / (jnp.maximum(passes, 1e-6) * costs.of(lengths))
+        return jnp.where(lengths >= (1 if self.steps else self.depth), gains, 0.0)
 
-    def length(self, costs: Costs, active: jax.Array) -> jax.Array:
-        """int32 scalar: tokens to draft; 0: a plain step."""
-        gains = self.gains(costs, active)
+    def length(self, costs: Costs, left: jax.Array) -> jax.Array:
+        """int32 scalar: tokens to draft; 0: a plain step. left: as for `gains`."""
+        gains = self.gains(costs, left)
         best = jnp.argmax(gains).astype(jnp.int32) + 1
         patience = jnp.maximum(self.wait, (costs.of(best) - 1.0) / _TRIES)
         return jnp.where((jnp.max(gains) > _MARGIN) | (self.idle >= patience), best, 0)
@@ -116,8 +117,13 @@ class Policy:
             judged=keep * self.judged + offered,
         )
 
-    def after_draft(self, costs: Costs, stood: jax.Array, reach: jax.Array, active: jax.Array) -> Policy:
-        """After a pass in which `stood` int32 `[B]` of drafts that reached `reach` int32 `[B]` ahead stood."""
+    def after_draft(
+        self, costs: Costs, stood: jax.Array, reach: jax.Array, active: jax.Array, left: jax.Array
+    ) -> Policy:
+        """After a pass in which `stood` int32 `[B]` of drafts that reached `reach` int32 `[B]` ahead stood.
+
+        active: bool `[B]`, rows that the pass was for. left: as for `gains`, after it.
+        """
         seen = active & (reach > 0)
         keep = jnp.where(seen, _MEMORY, 1.0)
         new = dataclasses.replace(
@@ -126,7 +132,7 @@ class Policy:
             judged=keep * self.judged + jnp.where(seen, jnp.minimum(stood + 1, reach), 0),
             passes=keep * self.passes + seen,
         )
-        pays = jnp.max(new.gains(costs, active)) > _MARGIN
+        pays = jnp.max(new.gains(costs, left)) > _MARGIN
         tried = self.idle > 0
         longer = jnp.minimum(2 * self.wait, _LONGEST_WAIT)
         wait = jnp.where(pays, _PROBE, jnp.where(tried, longer, self.wait))

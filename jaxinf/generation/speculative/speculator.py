@@ -16,10 +16,10 @@ from jaxinf.cache import Cache
 from jaxinf.generation import buckets
 from jaxinf.generation.loop import State, Written
 from jaxinf.generation.runner import WIDTH, Batch, Runner
-from jaxinf.generation.speculative import loop
+from jaxinf.generation.speculative import loop, speculation
 from jaxinf.generation.speculative.drafter import Drafter, check_nodes
-from jaxinf.generation.speculative.loop import Speculation, Tally
 from jaxinf.generation.speculative.policy import Costs, Policy
+from jaxinf.generation.speculative.speculation import Speculation, Tally
 from jaxinf.layers import ExpertChoice, MoESpec
 from pallas_kernels.errors import InputError, UnsupportedError
 from sharding.program import OWN, ROWS, SAME, VOCAB_ROWS
@@ -88,7 +88,7 @@ class Speculator:
         @functools.partial(jax.jit, donate_argnames=("rows", "state", "history"))
         def begin(rows, state, history):
             def run(rows, state, history):
-                return loop.begin(rows, drafter, state, history)
+                return speculation.begin(rows, drafter, state, history)
 
             seen = rows.seen is not None
             takes = (runner.state_split(seen), OWN, ROWS)

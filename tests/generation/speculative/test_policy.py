@@ -17,6 +17,7 @@ from jaxinf.models.causal_lm import init_cache
 
 DEPTH = 5
 ONE = jnp.ones((1,), bool)
+LEFT = jnp.full((1,), 100)
 
 
 def known(rate: float, *, chain: bool = True, steps: bool = True) -> Policy:
@@ -37,10 +38,10 @@ def test_expected_gains_are_those_of_a_simulation(rate: float) -> None:
     for length in range(1, DEPTH + 1):
         tokens = 1 + runs[:, :length].sum(axis=1)
         want = tokens.mean() / (1.4 + 0.1 + 0.2 * length)
-        gains = known(rate).gains(costs, ONE)
+        gains = known(rate).gains(costs, LEFT)
         np.testing.assert_allclose(gains[length - 1], want, rtol=0.01)
     for chain in (True, False):
-        whole = known(rate, chain=chain, steps=False).gains(costs, ONE)
+        whole = known(rate, chain=chain, steps=False).gains(costs, LEFT)
         assert not whole[:-1].any()
         np.testing.assert_allclose(whole[-1], (1 + runs.sum(axis=1)).mean() / 2.5, rtol=0.01)
 
@@ -51,7 +52,24 @@ def test_the_best_length_is_taken_or_none(rate: float, verify: float) -> None:
     costs = Costs(verify, 0.0, 0.15)
     gains = [sum(rate**i for i in range(g + 1)) / (verify + 0.15 * g) for g in range(1, DEPTH + 1)]
     best = int(np.argmax(gains)) + 1 if max(gains) > policy._MARGIN else 0
-    assert int(known(rate).length(costs, ONE)) == best
+    assert int(known(rate).length(costs, LEFT)) == best
+
+
+def test_the_row_that_is_last_decides() -> None:
+    """Of two rows one is predicted well and one never: drafts pay where the first has much more to write."""
+    costs = Costs(1.5, 0.0, 0.1)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]) if a.ndim else a, known(0.9), known(0.0))
+    for left, drafts in (
+        ([100, 100], False),
+        ([100, 10], True),
+        ([10, 100], False),
+        ([100, 0], True),
+        ([0, 0], False),
+    ):
+        length = int(both.length(costs, jnp.asarray(left)))
+        assert (length > 0) == drafts, left
+    alone = known(0.9).gains(costs, LEFT)
+    np.testing.assert_allclose(both.gains(costs, jnp.asarray([100, 10])), alone, rtol=1e-6)
 
 
 KINDS = {"chain": dict(chain=True, steps=True), "whole chain": dict(chain=True, steps=False)}
@@ -66,10 +84,10 @@ def simulated(rates: jax.Array, key: jax.Array, costs: Costs, *, chain: bool, st
 
     def one(state, xs):
         rate, key = xs
-        length = state.length(costs, ONE)
+        length = state.length(costs, LEFT)
         stands = jnp.cumprod(jax.random.uniform(key, (DEPTH,)) < rate)
         stood = jnp.sum(stands * (jnp.arange(DEPTH) < length), dtype=jnp.int32)
-        drafted = state.after_draft(costs, stood[None], length[None], ONE)
+        drafted = state.after_draft(costs, stood[None], length[None], ONE, LEFT)
         plain = state.after_plain(ONE, stands[:1] > 0) if free else state.after_plain()
         after = jax.tree.map(lambda a, b: jnp.where(length > 0, a, b), drafted, plain)
         return after, (length, stood)

@@ -1,4 +1,4 @@
-"""The loop's own bookkeeping: where rows write, and what the host reads of it."""
+"""What a pass writes down: where rows write, and what the host reads of it."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from tiny_models import model, spec
 
 from jaxinf.generation import Runner, SamplingParams
 from jaxinf.generation.speculative import Speculator
-from jaxinf.generation.speculative.loop import _appended, _put
+from jaxinf.generation.speculative.speculation import appended, put_few
 
 
 @pytest.mark.parametrize("more", [(), (3,)])
@@ -24,9 +24,9 @@ def test_rows_write_where_they_are(width: int, more: tuple[int, ...]) -> None:
         end = min(start + count, 12)
         want[row, start:end] = values[row, : end - start]
     given = (jnp.asarray(buffer), jnp.asarray(starts), jnp.asarray(values), jnp.asarray(counts))
-    np.testing.assert_array_equal(_put(*given), want)
+    np.testing.assert_array_equal(put_few(*given), want)
     if not more:
-        np.testing.assert_array_equal(_appended(*given), want)
+        np.testing.assert_array_equal(appended(*given), want)
 
 
 def test_the_tally_is_read_at_any_time() -> None:
