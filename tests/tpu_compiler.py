@@ -1,11 +1,13 @@
-"""Marks of tests that compile for TPUs."""
+"""What tests share that compile for TPUs: their marks, and a model of published shapes with fewer layers."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from jaxinf.aot import topology
+from jaxinf.models import ModelSpec, presets
 
 compiles = [
     pytest.mark.compile,
@@ -24,3 +26,8 @@ def needs_compiler(test: Callable) -> Callable:
     for mark in compiles:
         test = mark(test)
     return test
+
+
+def few_layers(repeats: int) -> ModelSpec:
+    spec = presets.preset("llama-3.1-8b")
+    return dataclasses.replace(spec, segments=(dataclasses.replace(spec.segments[0], repeats=repeats),), vocab=4096)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,18 @@ class Written:
             top_ids=zeros(width, logprobs, dtype=jnp.int32) if logprobs else None,
             top_logprobs=zeros(width, logprobs) if logprobs else None,
         )
+
+    def scored(
+        self, scores: jax.Array, tokens: jax.Array, put: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> Written:
+        """With what is kept of log-probabilities `scores [..., V]` of `tokens [...]`, as `put(buffer, values)`
+        writes it; for those that keep them."""
+        assert self.logprobs is not None
+        new = dataclasses.replace(self, logprobs=put(self.logprobs, split_axis.take(scores, tokens)))
+        if self.top_ids is None or self.top_logprobs is None:
+            return new
+        values, ids = split_axis.top_k(scores, self.top_ids.shape[-1])
+        return dataclasses.replace(new, top_ids=put(self.top_ids, ids), top_logprobs=put(self.top_logprobs, values))
 
 
 def append_piece(
@@ -274,14 +286,7 @@ def _emit(
         written, tokens=put(written.tokens, token), counts=written.counts + active, finished=finished
     )
     if written.logprobs is not None:
-        scores = split_axis.log_softmax(logits)
-        chosen = split_axis.take(scores, token)
-        after = dataclasses.replace(after, logprobs=put(written.logprobs, chosen))
-        if written.top_ids is not None:
-            values, ids = split_axis.top_k(scores, written.top_ids.shape[-1])
-            after = dataclasses.replace(
-                after, top_ids=put(written.top_ids, ids), top_logprobs=put(written.top_logprobs, values)
-            )
+        after = after.scored(split_axis.log_softmax(logits), token, put)
     seen = state.seen
     if seen is not None:
         own = split_axis.own_entries(token, seen.shape[1])

@@ -48,10 +48,18 @@ class Engine:
         return self.runner.begin([p[cached:] for p in prompts], cache, cached=before, **how)
 
     def new_cache(
-        self, rows: int, tokens: int, window: int | None, sinks: int, kind: Kind | None, max_append: int = 1
+        self,
+        rows: int,
+        tokens: int,
+        window: int | None,
+        sinks: int,
+        kind: Kind | None,
+        max_append: int = 1,
+        spare: int = 0,
     ) -> Cache:
+        """As `Runner.new_cache`. spare: tokens of a row beyond those that the context bounds."""
         options: Any = dict(window=window, sinks=sinks, kind=kind, max_append=max_append)
-        return self.runner.new_cache(rows, tokens, limit=self.facts.context, **options)
+        return self.runner.new_cache(rows, tokens + spare, limit=self.facts.context + spare, **options)
 
     def measure_drafting(self) -> None:
         """What drafting costs for one row, if it is to adapt to that."""
@@ -62,12 +70,5 @@ class Engine:
         """A cache of the target for a pass over drafts."""
         assert self.drafting is not None
         asked = self.facts if request is None else request
-        spare = self.drafting.spare
-        options: Any = dict(window=asked.window, sinks=asked.sinks, kind=asked.cache)
-        return self.runner.new_cache(
-            rows,
-            tokens + spare,
-            limit=self.facts.context + spare,
-            max_append=self.drafting.max_append,
-            **options,
-        )
+        kept = (asked.window, asked.sinks, asked.cache)
+        return self.new_cache(rows, tokens, *kept, self.drafting.max_append, self.drafting.spare)

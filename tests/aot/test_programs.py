@@ -1,12 +1,9 @@
 """Whole programs, prefill and the decode loop of published models, compiled for chips that are not here."""
 
-import dataclasses
-
 import pytest
-from tpu_compiler import compiles
+from tpu_compiler import compiles, few_layers
 
 from jaxinf.aot import programs
-from jaxinf.models import presets
 from pallas_kernels.errors import InputError
 
 pytestmark = compiles
@@ -35,19 +32,12 @@ def test_generation_never_copies_the_cache(name, chip, options):
 
 
 def test_a_few_layers_on_eight_chips():
-    spec = presets.preset("llama-3.1-8b")
-    spec = dataclasses.replace(spec, segments=(dataclasses.replace(spec.segments[0], repeats=4),), vocab=4096)
     options = dict(batch=4, prompt=256, new_tokens=16, capacity=32768, piece=64)
-    program = programs.generation(spec, chip="v5e:2x4", mesh="tensor=8", **options)
+    program = programs.generation(few_layers(4), chip="v5e:2x4", mesh="tensor=8", **options)
     assert program.compiled.memory.aliases >= program.cache
     assert program.temporaries < 0.1
     whole = 2 * 4 * 8 * 32768 * 128 * 2 * 4  # keys and values, layers, heads, slots, channels, bytes, rows
     assert program.cache == pytest.approx(whole / 8, rel=0.01)
-
-
-def few_layers(repeats: int):
-    spec = presets.preset("llama-3.1-8b")
-    return dataclasses.replace(spec, segments=(dataclasses.replace(spec.segments[0], repeats=repeats),), vocab=4096)
 
 
 SLOW = pytest.mark.slow

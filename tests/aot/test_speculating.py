@@ -1,27 +1,19 @@
 """The speculative loop of two models, compiled for chips that are not here."""
 
-import dataclasses
-
 import pytest
-from tpu_compiler import compiles
+from tpu_compiler import compiles, few_layers
 
 from jaxinf.aot import lowering, speculating
-from jaxinf.models import presets
 
 pytestmark = compiles
 
 
-def layers(repeats: int):
-    spec = presets.preset("llama-3.1-8b")
-    return dataclasses.replace(spec, segments=(dataclasses.replace(spec.segments[0], repeats=repeats),), vocab=4096)
-
-
-@pytest.mark.parametrize("temperature", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("temperature", [False, True])
 def test_the_loop_copies_no_cache(temperature: bool) -> None:
     """Of either model: what is kept is written where it lies, and what comes beside it is small."""
     pair = speculating.speculation(
-        layers(4),
-        layers(1),
+        few_layers(4),
+        few_layers(1),
         chip="v5e:2x4",
         mesh="tensor=8",
         batch=4,

@@ -92,9 +92,9 @@ class Policy:
         else:
             tokens = jnp.broadcast_to((1.0 + self.stood / self.passes)[:, None], (*self.stood.shape, self.depth))
         passes = pmax(jnp.max(left[:, None] / tokens, axis=0), *RULES["batch"])
-        steps = pmax(jnp.max(left), *RULES["batch"])
+        alone = pmax(jnp.max(left), *RULES["batch"])  # plain steps
         lengths = jnp.arange(1, self.depth + 1)
-        gains = steps / (jnp.maximum(passes, 1e-6) * costs.of(lengths))
+        gains = alone / (jnp.maximum(passes, 1e-6) * costs.of(lengths))
         return jnp.where(lengths >= (1 if self.steps else self.depth), gains, 0.0)
 
     def length(self, costs: Costs, left: jax.Array) -> jax.Array:

@@ -101,13 +101,7 @@ def emit(
     )
     if written.logprobs is not None:
         along = jnp.take_along_axis(logits, verified.path[:, :, None], axis=1)
-        scores = split_axis.log_softmax(along)
-        after = dataclasses.replace(after, logprobs=put(written.logprobs, split_axis.take(scores, tokens)))
-        if written.top_ids is not None and written.top_logprobs is not None:
-            values, ids = split_axis.top_k(scores, written.top_ids.shape[-1])
-            after = dataclasses.replace(
-                after, top_ids=put(written.top_ids, ids), top_logprobs=put(written.top_logprobs, values)
-            )
+        after = after.scored(split_axis.log_softmax(along), tokens, put)
     seen = rows.seen
     if seen is not None:
         own = split_axis.own_entries(tokens, seen.shape[1])
